@@ -1,0 +1,66 @@
+# Two commands are enough: `make demo` and `make test`. Both do all the set-up themselves, once.
+SHELL := /bin/bash
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= runs/demo
+STAMP := $(VENV)/.installed
+NEEDED_GB := 9
+
+.PHONY: help demo test lab export check lint-lessons bench weights clean-runs setup
+.DEFAULT_GOAL := help
+
+help:  ## say what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+# ------------------------------------------------------------------------------------------------ set-up
+setup: $(STAMP)  ## virtual environment, pinned install, notebook kernel (skipped when up to date)
+
+$(STAMP): settings.ini setup.py constraints.txt
+	@set -e; python=""; \
+	for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.10 python; do \
+	  if command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then python=$$p; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "ldm_edu needs Python 3.10 to 3.13, and found $$(python3 --version 2>&1 || true). Install one, or name it: make demo PYTHON=/path/to/python3.12" >&2; exit 1; fi; \
+	free=$$(df -Pk . | awk 'NR==2 {print int($$4/1048576)}'); \
+	if [ ! -x $(BIN)/python ] && [ "$$free" -lt $(NEEDED_GB) ]; then \
+	  echo "ldm_edu needs $(NEEDED_GB) GB of free disk for PyTorch and the rest, and $$free GB are free here. Make room, or put the environment elsewhere: make demo VENV=/path/with/room" >&2; exit 1; fi; \
+	echo "Setting up $(VENV) with $$($$python --version) (once; two to five minutes)"; \
+	[ -x $(BIN)/python ] || $$python -m venv $(VENV) || { echo "$$python cannot make a virtual environment: install its venv package (on Debian: apt install python3-venv)" >&2; exit 1; }; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"; \
+	$(BIN)/python -m pip check; \
+	touch $(STAMP)
+
+# ------------------------------------------------------------------------------------------------ use
+demo: $(STAMP)  ## train a text-to-image model from nothing in ten minutes; report in runs/demo
+	@$(BIN)/ldm-edu demo --out $(OUT)
+
+lab: $(STAMP)  ## open the lessons in JupyterLab
+	@$(BIN)/jupyter lab --notebook-dir nbs
+
+bench: $(STAMP)  ## time training, sampling and the first stage on this machine
+	@$(BIN)/python -m pytest -q tests/bench -s
+
+# ------------------------------------------------------------------------------------------------ maintain
+export: $(STAMP)  ## rebuild ldm_edu/ from the notebooks
+	@$(BIN)/nbdev_export && $(BIN)/python tests/export_check.py --fix
+
+check: $(STAMP)  ## the fast gate: export in sync, orphans, ids, sizes, import DAG, ruff, forbidden flags
+	@$(BIN)/ruff check ldm_edu tests setup.py
+	@$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_hygiene.py
+
+lint-lessons: $(STAMP)  ## the lessons' measures against the house style, as a table
+	@$(BIN)/python tests/lesson_measures.py
+
+# Every process of the tests refuses connections that leave the machine (tests/offline/sitecustomize.py).
+test: $(STAMP)  ## everything: the gate, all lessons, all tests, coverage; offline
+	@$(BIN)/ruff check ldm_edu tests setup.py
+	@PYTHONPATH=tests/offline HF_HUB_OFFLINE=1 LDM_EDU_PROFILE=ci OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -n 2 --dist worksteal --cov=ldm_edu --cov-report=term --cov-fail-under=90 $(ARGS)
+
+weights: $(STAMP)  ## train the shipped models again (about two hours on two cores) into runs/weights
+	@$(BIN)/python -m ldm_edu.ship --out runs/weights
+
+clean-runs:  ## delete runs/
+	@rm -rf runs

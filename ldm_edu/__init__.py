@@ -1,0 +1,30 @@
+"""Latent diffusion models, built step by step: a first stage, diffusion in its latents, conditions, samplers.
+
+    import ldm_edu as ldm
+    model = ldm.load("scenes-text")
+    images = model.sample(["a red circle left of a blue square"], seed=0)
+"""
+__version__ = "0.1.0"
+
+import importlib
+
+_WHERE = {
+    "load": "ldm", "load_first_stage": "ldm", "save": "ldm", "pretrained_names": "ldm", "LatentDiffusion": "ldm", "LDMConfig": "ldm",
+    "Scenes": "data", "make_prompts": "data", "ImageFolder": "folders", "from_torchvision": "folders",
+    "AutoencoderKL": "autoencoder", "AutoencoderConfig": "autoencoder", "UNet": "unet", "UNetConfig": "unet",
+    "Conditioner": "conditioning", "Condition": "conditioning", "TextConditioner": "conditioning", "ClassConditioner": "conditioning",
+    "make_schedule": "schedule", "grade": "grader", "train_autoencoder": "recipes", "train_diffusion": "recipes",
+    "profile": "core", "use_profile": "core",
+}
+__all__ = ["__version__", *_WHERE]
+
+
+def __getattr__(name: str):
+    """Import a public name's module when the name is first used, so that `import ldm_edu` stays light."""
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}")
+
+
+def __dir__():
+    return sorted([*globals(), *_WHERE])

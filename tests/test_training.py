@@ -1,0 +1,697 @@
+"""The trainer: resume bit for bit, also after a kill; splits and processes change nothing; faults are named."""
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import training_toy as toy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ldm_edu import training
+from ldm_edu.checkpoint import (
+    CheckpointError,
+    LatentDataset,
+    cache_latents,
+    check_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    rotate_checkpoints,
+    save_checkpoint,
+    state_hash,
+)
+from ldm_edu.training import (
+    EMA,
+    NonFiniteLoss,
+    OutOfMemory,
+    RowRandom,
+    TrainConfig,
+    TrainingInterrupted,
+    TrainingTask,
+    batch_indices,
+    collate,
+    ema_decay,
+    learning_rate,
+    seed_globals,
+    slice_batch,
+    train,
+)
+
+QUICK = toy.CONFIG.replace(steps=12, save_every=4, validate_every=6, log_every=3)
+
+
+def go(out, config=QUICK, task=None, data=None, **options):
+    return train(task or toy.CircleTask(), toy.Circle() if data is None else data, config, out, **{"progress": False, **options})
+
+
+def same(a, b):
+    assert set(a) == set(b)
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---------------------------------------------------------------- randomness and order
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 40), batch=st.integers(1, 90), seed=st.integers(0, 2**40), epochs=st.integers(1, 4))
+def test_every_item_comes_once_in_every_epoch(n, batch, seed, epochs):
+    stream = []
+    for step in range(-(-n * epochs // batch)):
+        indices = batch_indices(n, batch, seed, step)
+        assert len(indices) == batch
+        stream += indices
+    for epoch in range(epochs):
+        assert sorted(stream[epoch * n : (epoch + 1) * n]) == list(range(n))
+
+
+def test_epochs_and_seeds_are_shuffled_differently():
+    assert batch_indices(50, 50, 0, 0) != batch_indices(50, 50, 0, 1) != batch_indices(50, 50, 1, 1)
+    assert batch_indices(50, 50, 3, 7) == batch_indices(50, 50, 3, 7)
+
+
+@settings(max_examples=30, deadline=None)
+@given(cuts=st.lists(st.integers(0, 12), max_size=4), seed=st.integers(0, 2**62), step=st.integers(0, 10**9))
+def test_row_random_does_not_depend_on_the_cut(cuts, seed, step):
+    places = [0, *sorted(cuts), 12]
+    pieces = [range(a, b) for a, b in zip(places, places[1:]) if b > a]
+    whole = RowRandom(seed, step, range(12))
+    for draw in (lambda r: r.normal((3, 2), "noise"), lambda r: r.uniform("t"), lambda r: r.integers(1000, "t"),
+                 lambda r: torch.stack([torch.rand((), generator=g) for g in r.generators("x")])):
+        assert torch.equal(draw(whole), torch.cat([draw(RowRandom(seed, step, piece)) for piece in pieces]))
+
+
+def test_row_random_is_random_and_tags_are_independent():
+    rng = RowRandom(0, 3, range(4000))
+    normal, other = rng.normal((2,), "a"), rng.normal((2,), "b")
+    assert abs(normal.mean()) < 0.04 and abs(normal.std() - 1) < 0.03
+    assert abs(torch.corrcoef(torch.stack([normal[:, 0], other[:, 0]]))[0, 1]) < 0.06
+    assert abs(torch.corrcoef(torch.stack([normal[:, 0], RowRandom(0, 4, range(4000)).normal((2,), "a")[:, 0]]))[0, 1]) < 0.06
+    uniform, integers = rng.uniform("u"), rng.integers(10, "i")
+    assert uniform.min() >= 0 and uniform.max() < 1 and abs(uniform.mean() - 0.5) < 0.02
+    assert torch.bincount(integers, minlength=10).min() > 320 and integers.max() == 9
+    assert uniform.dtype == torch.float32 and integers.dtype == torch.int64
+
+
+def test_row_random_leaves_the_global_generator_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    RowRandom(0, 0, range(8)).normal((4,), "noise")
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# ---------------------------------------------------------------- schedule and average
+
+
+def test_learning_rate_is_warm_up_then_cosine():
+    config = TrainConfig(steps=110, warmup_steps=10, lr=0.5, final_lr_fraction=0.1)
+    assert learning_rate(config, 0) == pytest.approx(0.05)
+    assert learning_rate(config, 9) == pytest.approx(0.5) == learning_rate(config, 10)
+    assert learning_rate(config, 109) == pytest.approx(0.05)
+    middle = learning_rate(config.replace(steps=111), 60)
+    assert middle == pytest.approx(0.5 * 0.55)
+    assert learning_rate(config.replace(lr_schedule="constant"), 109) == 0.5
+    assert learning_rate(config.replace(warmup_steps=0, steps=1), 0) == 0.5
+
+
+def test_ema_follows_its_formula():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    ema, decay = EMA(model, 0.9), 0.9
+    expected = {k: v.clone() for k, v in model.named_parameters()}
+    for step in range(1, 40):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+            model[1].running_mean.add_(1)
+        ema.update(model, step)
+        weight = min(decay, (1 + step) / (10 + step))
+        expected = {k: weight * expected[k] + (1 - weight) * v for k, v in model.named_parameters()}
+    for k, v in ema.model.named_parameters():
+        torch.testing.assert_close(v, expected[k].detach(), rtol=1e-5, atol=1e-6)
+        assert not v.requires_grad and v.dtype == torch.float32
+    assert torch.equal(ema.model[1].running_mean, model[1].running_mean)
+    assert ema_decay(1, 0.999) == 2 / 11 and ema_decay(10**6, 0.999) == 0.999 and ema_decay(1, 0.999, warmup=False) == 0.999
+
+
+def test_ema_of_half_precision_weights_is_float32():
+    model = nn.Linear(2, 2).to(torch.bfloat16)
+    ema = EMA(model, 0.999, warmup=False)
+    ema.update(model, 1)
+    assert {p.dtype for p in ema.model.parameters()} == {torch.float32}
+
+
+def test_ema_moves_once_per_optimiser_step_under_accumulation(tmp_path, monkeypatch):
+    steps, update = [], EMA.update
+    monkeypatch.setattr(EMA, "update", lambda self, model, step: (steps.append(step), update(self, model, step)))
+    go(tmp_path, QUICK.replace(accumulation=4))
+    assert steps == list(range(1, 13))
+
+
+# ---------------------------------------------------------------- splits, precision, the loop of the lesson
+
+
+def test_accumulation_changes_nothing(tmp_path):
+    config = toy.CONFIG.replace(steps=40)
+    one = go(tmp_path / "1", config)
+    four = go(tmp_path / "4", config.replace(accumulation=4))
+    five = go(tmp_path / "5", config.replace(accumulation=5))  # 16 rows in parts of 3 and 4
+    np.testing.assert_allclose(one.losses, four.losses, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(one.losses, five.losses, rtol=0, atol=1e-6)
+    for a, b in zip(one.ema.parameters(), four.ema.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_the_teaching_loop_agrees_with_the_trainer(tmp_path):
+    config = toy.CONFIG.replace(steps=60)
+    task = toy.CircleTask()
+    losses, ema = training.simple_loop(task, toy.Circle(), config)
+    result = go(tmp_path, config)
+    np.testing.assert_allclose(losses, result.losses, rtol=0, atol=1e-6)
+    for a, b in zip(ema.model.parameters(), result.ema.parameters()):
+        torch.testing.assert_close(a, b.cpu(), rtol=0, atol=1e-5)
+
+
+def test_learning_happens(tmp_path):
+    losses = go(tmp_path, toy.CONFIG).losses
+    assert np.mean(losses[-20:]) < 0.7 * np.mean(losses[:5])
+
+
+def test_bf16_trains_float32_weights_and_leaves_the_model_clean(tmp_path):
+    task = toy.CircleTask()
+    result = go(tmp_path / "bf16", QUICK.replace(precision="bf16"), task)
+    exact = go(tmp_path / "fp32", QUICK)
+    assert {p.dtype for p in task.model.parameters()} == {torch.float32}
+    assert 0 < max(abs(a - b) for a, b in zip(result.losses, exact.losses)) < 0.05
+    assert task.model.forward.__func__ is toy.Net.forward
+    assert result.step == 12
+
+
+def test_fp16_needs_a_gpu(tmp_path):
+    with pytest.raises(ValueError, match="precision: got 'fp16' on a CPU"):
+        go(tmp_path, QUICK.replace(precision="fp16"))
+
+
+def test_workers_change_nothing(tmp_path):
+    assert go(tmp_path / "0").losses == go(tmp_path / "2", QUICK.replace(workers=2)).losses
+
+
+class Jittered(toy.Circle):
+    """Augments with the global generators, as user code does."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        item["point"] = item["point"] + 0.01 * torch.randn(2) + float(np.random.rand()) * 0.01 + random.random() * 0.01
+        return item
+
+
+def test_augmentation_repeats_on_resume_with_workers_and_splits(tmp_path):
+    plain = go(tmp_path / "a", data=Jittered())
+    go(tmp_path / "b", data=Jittered(), stop_after=5)
+    assert go(tmp_path / "b", QUICK.replace(workers=1), data=Jittered()).losses == plain.losses
+
+
+def test_two_processes_equal_one_and_stop_together(tmp_path):
+    options = {"steps": 30, "accumulation": 2}
+    one = go(tmp_path / "one", toy.CONFIG.replace(**options), validation=toy.Circle(20))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", toy.__file__,
+               str(tmp_path / "two"), json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    stops = [int((tmp_path / "two" / f"stop{rank}").read_text()) for rank in range(2)]
+    assert stops[0] == stops[1] and 8 < stops[0] < 11, stops
+    two = json.loads((tmp_path / "two" / "losses.json").read_text())
+    assert len(two) == 30
+    np.testing.assert_allclose(one.losses, two, rtol=0, atol=1e-5)
+    for key, value in toy.weights(tmp_path / "two").items():
+        torch.testing.assert_close(value, toy.weights(tmp_path / "one")[key], rtol=0, atol=1e-4)
+    logs = [[json.loads(line) for line in (tmp_path / folder / "log.jsonl").open()] for folder in ("one", "two")]
+    for a, b in zip(*logs, strict=True):
+        assert set(a) == set(b)
+        assert all(a[k] == pytest.approx(b[k], abs=1e-4) for k in a if k != "seconds")
+    again = go(tmp_path / "two", toy.CONFIG.replace(steps=32))  # and one process goes on where two stopped
+    assert again.step == 32 and again.losses[:30] == two
+
+
+# ---------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_train_100_is_train_50_and_resume_50(tmp_path, dropout):
+    whole = go(tmp_path / "whole", toy.CONFIG, toy.CircleTask(dropout=dropout), validation=toy.Circle(20))
+    half = go(tmp_path / "parts", toy.CONFIG, toy.CircleTask(dropout=dropout), validation=toy.Circle(20), stop_after=50)
+    assert half.step == 50 and not (tmp_path / "parts" / "model").exists()
+    other_start = toy.CircleTask(seed=99, dropout=dropout)
+    both = go(tmp_path / "parts", toy.CONFIG, other_start, validation=toy.Circle(20))
+    assert both.losses == whole.losses and len(both.losses) == 100
+    for stem in ("model", "ema", "optimizer"):
+        assert same(toy.weights(tmp_path / "whole", stem), toy.weights(tmp_path / "parts", stem)), stem
+    logs = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (tmp_path / d / "log.jsonl").open()]
+            for d in ("whole", "parts")]
+    assert logs[0] == logs[1] and sum("validation" in line for line in logs[0]) == 4
+
+
+def test_killed_three_times_equals_uninterrupted(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(toy.__file__).parent), prepend=os.pathsep)  # for the fork server's preload
+    options = {"steps": 60, "save_every": 2, "validate_every": 0}
+    whole = go(tmp_path / "whole", toy.CONFIG.replace(**options))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training_toy"])
+    chance, out, steps = random.Random(), tmp_path / "killed", []
+    for _ in range(3):
+        start = max([s for s, _ in list_checkpoints(out / "checkpoints")], default=-1)
+        child = context.Process(target=toy.train_child, args=(str(out), options))
+        child.start()
+        deadline = time.monotonic() + 60
+        while not any(s > start for s, _ in list_checkpoints(out / "checkpoints")) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.1))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        assert child.exitcode in (-signal.SIGKILL, 0)
+        steps.append(max(s for s, _ in list_checkpoints(out / "checkpoints")))
+    final = go(out, toy.CONFIG.replace(**options))
+    assert final.losses == whole.losses, steps
+    for stem in ("model", "ema", "optimizer"):
+        assert same(toy.weights(tmp_path / "whole", stem), toy.weights(out, stem)), (stem, steps)
+    assert [p.name for p in (out / "checkpoints").iterdir() if p.name.startswith(".")] == []
+
+
+def test_finished_run_returns_at_once_and_can_be_prolonged(tmp_path):
+    first = go(tmp_path)
+    calls = []
+    again = go(tmp_path, callbacks=[calls.append])
+    assert again.losses == first.losses and calls == []
+    longer = go(tmp_path, QUICK.replace(steps=15, log_every=1, keep=1, accumulation=2))
+    assert longer.step == 15 and longer.losses[:12] == first.losses
+    assert json.loads((tmp_path / "run.json").read_text())["config"]["steps"] == 15
+    assert len(list_checkpoints(tmp_path / "checkpoints")) == 1
+    assert json.loads((tmp_path / "model" / "model.json").read_text())["step"] == 15
+
+
+def test_what_happens_between_steps_does_not_change_the_run(tmp_path):
+    task = toy.CircleTask(dropout=0.3)
+    noisy = go(tmp_path / "a", task=task, callbacks=[lambda report: (torch.rand(3), np.random.rand(), random.random())])
+    quiet = go(tmp_path / "b", QUICK.replace(validate_every=1, save_every=1), toy.CircleTask(dropout=0.3), validation=toy.Circle(20))
+    assert noisy.losses == quiet.losses
+
+
+def test_the_callers_generators_are_left_alone(tmp_path):
+    task = toy.CircleTask()
+    seed_globals(3)
+    expected = torch.rand(1), np.random.rand(), random.random()
+    seed_globals(3)
+    go(tmp_path, task=task)
+    assert (torch.rand(1), np.random.rand(), random.random()) == expected
+
+
+def test_validation_noise_is_the_same_at_every_step(tmp_path):
+    seen = []
+
+    class Watcher(toy.CircleTask):
+        def loss(self, model, batch, rng):
+            if rng.step == "validation":
+                seen.append((rng.normal((2,), "noise"), rng.uniform("t"), batch["name"]))
+                assert not model.training and not torch.is_grad_enabled()
+            return super().loss(model, batch, rng)
+
+    go(tmp_path, task=Watcher(), validation=toy.Circle(20))
+    assert len(seen) == 2 and torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1])
+    assert seen[0][2] == [f"p{i}" for i in range(16)]
+
+
+def test_foreign_folder_is_refused_with_the_differing_keys(tmp_path):
+    go(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.lr: 0\.01 there, 0\.5 here"):
+        go(tmp_path, QUICK.replace(lr=0.5))
+    other = toy.CircleTask()
+    other.describe = lambda: {"task": "circle", "width": 64, "depth": 2}
+    with pytest.raises(ValueError, match=r"task\.depth: None there, 2 here; task\.width: 32 there, 64 here"):
+        go(tmp_path, task=other)
+    with pytest.raises(ValueError, match="dataset.items: 97 there, 98 here"):
+        go(tmp_path, data=toy.Circle(98))
+    with pytest.raises(ValueError, match="holds a run already"):
+        go(tmp_path, resume=False)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ValueError, match="no run.json"):
+        go(tmp_path)
+
+
+def damage(path, how):
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] if how == "truncated" else data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+
+
+@pytest.mark.parametrize("how", ["truncated", "one bit"])
+@pytest.mark.parametrize("stem", ["model.safetensors", "ema.safetensors", "optimizer.safetensors"])
+def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path, stem, how):
+    whole = go(tmp_path / "whole")
+    go(tmp_path / "hurt", stop_after=10)
+    damage(tmp_path / "hurt" / "checkpoints" / "step-00000010" / stem, how)
+    with pytest.warns(UserWarning, match=f"step-00000010.*{stem}: damaged"):
+        assert go(tmp_path / "hurt").losses == whole.losses
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert check_checkpoint(newest_checkpoint(tmp_path / "hurt" / "checkpoints"))["step"] == 12
+
+
+def test_when_all_checkpoints_are_damaged_nothing_is_overwritten(tmp_path):
+    go(tmp_path)
+    for _, folder in list_checkpoints(tmp_path / "checkpoints"):
+        (folder / "state.json").write_text("{")
+    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="no whole checkpoint is left"):
+        go(tmp_path)
+
+
+# ---------------------------------------------------------------- stops and faults
+
+
+def test_nan_stops_before_any_weight_changes(tmp_path):
+    go(tmp_path / "good", QUICK, stop_after=7)
+    task = toy.CircleTask(poison=7)
+    with pytest.raises(NonFiniteLoss, match="step 7: loss nan") as caught:
+        go(tmp_path / "bad", task=task)
+    assert caught.value.indices == batch_indices(97, 16, 0, 7)
+    assert caught.value.checkpoint == tmp_path / "bad" / "checkpoints" / "step-00000004"
+    assert str(caught.value.checkpoint) in str(caught.value) and str(caught.value.indices[0]) in str(caught.value)
+    good = toy.weights(tmp_path / "good", "model")
+    assert all(torch.equal(good[name], p) for name, p in task.model.named_parameters())
+    assert go(tmp_path / "bad").step == 12  # once the cause is gone
+
+
+def test_infinite_gradient_stops_too(tmp_path):
+    class Steep(toy.CircleTask):
+        def loss(self, model, batch, rng):
+            losses, logs = super().loss(model, batch, rng)
+            return (losses - losses.detach()).abs().sqrt() + losses.detach(), logs  # finite value, infinite slope
+
+    with pytest.raises(NonFiniteLoss, match="gradient norm (nan|inf)"):
+        go(tmp_path, task=Steep())
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_finish_the_step_and_leave_a_checkpoint(tmp_path, signum):
+    before = signal.getsignal(signum)
+
+    class Stopped(toy.CircleTask):
+        def loss(self, model, batch, rng):
+            if rng.step == 5:
+                os.kill(os.getpid(), signum)
+                time.sleep(0.01)
+            return super().loss(model, batch, rng)
+
+    with pytest.raises(TrainingInterrupted) as caught:
+        go(tmp_path / "stopped", task=Stopped())
+    assert caught.value.step == 6 and caught.value.exit_code == 128 + signum
+    assert check_checkpoint(caught.value.checkpoint)["step"] == 6 and str(caught.value.checkpoint) in str(caught.value)
+    assert signal.getsignal(signum) is before
+    assert go(tmp_path / "stopped").losses == go(tmp_path / "whole").losses
+
+
+def test_out_of_memory_says_what_to_change(tmp_path):
+    class Hungry(toy.CircleTask):
+        def loss(self, model, batch, rng):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(OutOfMemory, match="16 rows at a time. Raise accumulation from 1 to 2"):
+        go(tmp_path, task=Hungry())
+
+
+def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, monkeypatch):
+    from ldm_edu import checkpoint
+
+    go(tmp_path, stop_after=4)
+    real = checkpoint.save_file
+
+    def full(tensors, path):
+        if "optimizer" in str(path):
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        go(tmp_path)
+    assert [s for s, _ in list_checkpoints(tmp_path / "checkpoints")] == [0, 4]
+    assert not list((tmp_path / "checkpoints").glob(".part*"))
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"steps": 0}, "steps: got 0"), ({"precision": "int8"}, "expected one of 'fp32', 'bf16', 'fp16'"), ({"keep": 0}, "keep: got 0"),
+    ({"lr_schedule": "cosin"}, "did you mean 'cosine'"), ({"ema_decay": 1.0}, "expected less than 1"), ({"lr": float("nan")}, "lr: got nan"),
+    ({"learning_rate": 1}, "unknown learning_rate"),
+])
+def test_config_refuses(values, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.from_dict(values)
+
+
+def test_config_round_trip():
+    config = TrainConfig(betas=(0.5, 0.9), steps=7)
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_other_refusals(tmp_path):
+    with pytest.raises(ValueError, match="flip: got True"):
+        go(tmp_path / "a", QUICK.replace(flip=True))
+    with pytest.raises(ValueError, match="0 items"):
+        go(tmp_path / "b", data=toy.Circle(0))
+    with pytest.raises(ValueError, match="batch_size: got 16, expected at least processes x accumulation"):
+        go(tmp_path / "c", QUICK.replace(accumulation=17))
+
+    class Scalar(toy.CircleTask):
+        def loss(self, model, batch, rng):
+            losses, logs = super().loss(model, batch, rng)
+            return losses.mean(), logs
+
+    with pytest.raises(ValueError, match=r"loss: got shape \(\), expected \(b\), b=16"):
+        go(tmp_path / "d", task=Scalar())
+    with pytest.raises(NotImplementedError, match="must define loss"):
+        task = TrainingTask()
+        task.model = nn.Linear(1, 1)
+        go(tmp_path / "e", task=task)
+
+
+def test_log_samples_export_and_tensorboard(tmp_path, monkeypatch):
+    class Drawing(toy.CircleTask):
+        def draw(self, ema_model, step, folder):
+            (folder / f"{step}.txt").write_text(str(ema_model.training))
+
+    result = go(tmp_path / "a", QUICK.replace(sample_every=5, tensorboard=True), Drawing())
+    assert sorted(p.name for p in (tmp_path / "a" / "samples").iterdir()) == ["10.txt", "12.txt", "5.txt"]
+    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").open()]
+    assert [line["step"] for line in lines] == [3, 6, 9, 12]
+    assert lines[1]["loss"] == pytest.approx(np.mean(result.losses[3:6])) and set(lines[0]) == {"step", "loss", "lr", "grad_norm", "seconds", "t"}
+    assert lines[0]["t"] == pytest.approx(RowRandom(0, 2, range(16)).uniform("t").mean().item(), abs=1e-6)
+    assert list((tmp_path / "a" / "tensorboard").iterdir())
+    assert same(dict(result.ema.state_dict()), training_file(tmp_path / "a" / "model" / "model.safetensors"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        go(tmp_path / "b", QUICK.replace(tensorboard=True))
+
+
+def training_file(path):
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def test_collate_and_slices():
+    items = [{"a": torch.ones(2) * i, "b": i, "c": 0.5 * i, "d": f"{i}", "e": np.full(3, i), "f": (i, "x"), "g": True} for i in range(4)]
+    batch = collate(items)
+    assert batch["a"].shape == (4, 2) and batch["b"].tolist() == [0, 1, 2, 3] and batch["b"].dtype == torch.int64
+    assert batch["c"].dtype == torch.float32 and batch["d"] == list("0123") and batch["e"].shape == (4, 3)
+    assert batch["g"].dtype == torch.bool
+    cut = slice_batch(batch, 1, 3)
+    assert cut["d"] == ["1", "2"] and cut["f"][1] == ["x", "x"] and cut["f"][0].tolist() == [1, 2]
+
+
+# ---------------------------------------------------------------- checkpoint files and cached latents
+
+
+def test_checkpoint_round_trip_with_tied_and_strided_tensors(tmp_path):
+    base = torch.arange(12.0).reshape(3, 4)
+    group = {"tied": base, "again": base, "strided": base.t(), "view": base[1], "empty": torch.zeros(0, 3), "int": torch.tensor(3)}
+    folder = save_checkpoint(tmp_path, 7, {"model": group}, {"note": "é"})
+    tensors, state = load_checkpoint(folder)
+    assert same(tensors["model"], {k: v.contiguous() for k, v in group.items()}) and state["note"] == "é" and state["step"] == 7
+    save_checkpoint(tmp_path, 7, {"model": {"tied": base + 1}}, {})  # the same step again
+    assert torch.equal(load_checkpoint(folder)[0]["model"]["tied"], base + 1)
+
+
+def test_foreign_and_stray_entries_are_no_checkpoints(tmp_path):
+    save_checkpoint(tmp_path, 1, {"model": {"a": torch.ones(1)}}, {})
+    (tmp_path / "step-best").mkdir()
+    (tmp_path / "step-00000009").mkdir()
+    (tmp_path / "step-00000009" / "state.json").write_text('{"format": "someone else"}')
+    (tmp_path / "step-00000010").write_text("a file")
+    with pytest.warns(UserWarning, match="not a checkpoint of this library"):
+        assert newest_checkpoint(tmp_path).name == "step-00000001"
+    assert newest_checkpoint(tmp_path / "nothing") is None
+
+
+def test_rotation_never_deletes_good_ones_for_damaged_later_ones(tmp_path):
+    for step in (1, 2, 3, 9):
+        save_checkpoint(tmp_path, step, {"model": {"a": torch.ones(1)}}, {})
+    (tmp_path / ".part-00000004-1").mkdir()
+    rotate_checkpoints(tmp_path, keep=2, step=3)
+    assert [s for s, _ in list_checkpoints(tmp_path)] == [2, 3, 9] and not (tmp_path / ".part-00000004-1").exists()
+
+
+def test_state_hash():
+    torch.manual_seed(0)
+    a, b = nn.Linear(3, 2), nn.Linear(3, 2)
+    assert state_hash(a) != state_hash(b)
+    b.load_state_dict(a.state_dict())
+    assert state_hash(a) == state_hash(b) == state_hash(dict(reversed(a.state_dict().items())))
+    with torch.no_grad():
+        b.weight[0, 0] = torch.nextafter(b.weight[0, 0], torch.tensor(9.0))
+    assert state_hash(a) != state_hash(b) and state_hash({"x": torch.zeros(2, 3)}) != state_hash({"x": torch.zeros(3, 2)})
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Random pictures with a label and a caption."""
+
+    flip_safe = True
+
+    def __init__(self, n=23):
+        self.images = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+    def __len__(self):
+        return len(self.images)
+
+    def fingerprint(self):
+        return f"pictures-{len(self)}"
+
+    def __getitem__(self, index):
+        return {"image": self.images[index], "label": index % 5, "caption": f"number {index}", "boxes": torch.zeros(4, 4)}
+
+
+def encode(images):
+    """A stand-in for a first stage: patch means, and a spread."""
+    mean = nn.functional.avg_pool2d(images, 4) * torch.tensor([1.0, 2.0])[None, None, None]
+    return mean, mean.abs() + 0.1
+
+
+def test_cached_latents_equal_encoding(tmp_path):
+    data = Pictures()
+    cached = cache_latents(encode, data, tmp_path, key="k", keys_to_keep=("label", "caption"), batch_size=6, flips=True, progress=False)
+    mean, std = encode(data.images)
+    batch = cached.fetch([3, 22, 0])
+    assert torch.equal(batch["mean"], mean[[3, 22, 0]]) and torch.equal(batch["std"], std[[3, 22, 0]])
+    assert batch["label"].tolist() == [3, 2, 0] and batch["caption"] == ["number 3", "number 22", "number 0"]
+    flipped = cached.fetch([3, 4], torch.tensor([True, False]))
+    assert torch.equal(flipped["mean"][0], encode(data.images[3:4].flip(-1))[0][0]) and torch.equal(flipped["mean"][1], mean[4])
+    assert not torch.equal(flipped["mean"][0], mean[3].flip(-1))  # a flipped latent is another thing
+    assert len(cached) == 23 and cached[-1]["caption"] == "number 22" and cached[2]["mean"].shape == (3, 2, 2)
+    with pytest.raises(IndexError):
+        cached[23]
+    import pickle
+
+    assert torch.equal(pickle.loads(pickle.dumps(cached))[5]["std"], std[5]) and len(pickle.dumps(cached)) < 4000
+
+
+def test_cache_is_found_again_and_keyed(tmp_path):
+    calls = []
+
+    def counted(images):
+        calls.append(len(images))
+        return encode(images)[0]
+
+    first = cache_latents(counted, Pictures(), tmp_path, key="k", batch_size=10, progress=False)
+    assert calls == [10, 10, 3] and "std" not in first[0]
+    cache_latents(counted, Pictures(), tmp_path, key="k", batch_size=5, progress=False)
+    assert len(calls) == 3
+    second = cache_latents(counted, Pictures(), tmp_path, key="other weights", batch_size=23, dtype="float16", progress=False)
+    assert len(calls) == 4 and second.fingerprint() != first.fingerprint() and second[0]["mean"].dtype == torch.float32
+    torch.testing.assert_close(second[0]["mean"], first[0]["mean"], rtol=1e-3, atol=1e-3)
+    cache_latents(counted, Pictures(22), tmp_path, key="k", batch_size=22, progress=False)
+    assert len(calls) == 5
+
+
+def test_interrupted_cache_goes_on(tmp_path, monkeypatch):
+    from ldm_edu import checkpoint
+
+    monkeypatch.setattr(checkpoint, "PROGRESS_SECONDS", 0)
+    calls = []
+
+    def dying(images):
+        calls.append(len(images))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(images)
+
+    options = {"key": "k", "keys_to_keep": ("caption", "label"), "batch_size": 5, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        cache_latents(dying, Pictures(), tmp_path, **options)
+    cached = cache_latents(dying, Pictures(), tmp_path, **options)
+    assert len(calls) == 3 + 3
+    assert torch.equal(cached.fetch(range(23))["mean"], encode(Pictures().images)[0])
+    assert cached.fetch([0, 7, 12])["caption"] == ["number 0", "number 7", "number 12"]
+
+
+def test_cache_refusals(tmp_path):
+    data = Pictures()
+    with pytest.raises(ValueError, match="'boxes'.*would not be mirrored"):
+        cache_latents(encode, data, tmp_path, key="a", keys_to_keep=("boxes",), flips=True, progress=False)
+    with pytest.raises(ValueError, match="got 'captions', expected some of image, label, caption, boxes"):
+        cache_latents(encode, data, tmp_path, key="b", keys_to_keep=("captions",), progress=False)
+    with pytest.raises(ValueError, match="NaN"):
+        cache_latents(lambda x: x * math.nan, data, tmp_path, key="c", progress=False)
+    data.flip_safe = False
+    with pytest.raises(ValueError, match="flips: got True"):
+        cache_latents(encode, data, tmp_path, key="d", flips=True, progress=False)
+    with pytest.raises(ValueError, match="dtype"):
+        cache_latents(encode, data, tmp_path, key="e", dtype="int8", progress=False)
+    assert isinstance(cache_latents(encode, data, tmp_path, key="f", keys_to_keep=("boxes",), progress=False), LatentDataset)
+
+
+def test_training_on_cached_latents_with_flips(tmp_path):
+    class LatentTask(TrainingTask):
+        def __init__(self):
+            torch.manual_seed(0)
+            self.model = nn.Linear(12, 12)
+
+        def loss(self, model, batch, rng):
+            z = batch["mean"] + batch["std"] * rng.normal(batch["mean"].shape[1:], "posterior")
+            self.seen = batch["caption"]
+            return (model(z.flatten(1)) - z.flatten(1)).square().mean(1), {}
+
+    plain = cache_latents(encode, Pictures(), tmp_path, key="k", keys_to_keep=("caption",), progress=False)
+    with pytest.raises(ValueError, match="flip: got True"):
+        go(tmp_path / "x", QUICK.replace(flip=True), LatentTask(), plain)
+    both = cache_latents(encode, Pictures(), tmp_path, key="k", keys_to_keep=("caption",), flips=True, progress=False)
+    straight, mirrored = (go(tmp_path / str(flip), QUICK.replace(flip=flip), LatentTask(), both).losses for flip in (False, True))
+    assert straight != mirrored and len(mirrored) == 12
+
+
+def test_flipped_pictures_are_whole_pictures(tmp_path):
+    seen = []
+
+    class Watch(TrainingTask):
+        def __init__(self):
+            self.model = nn.Linear(1, 1)
+
+        def loss(self, model, batch, rng):
+            seen.append(batch)
+            return model(torch.ones(len(batch["image"]), 1))[:, 0], {}
+
+    data = Pictures()
+    go(tmp_path, QUICK.replace(flip=True), Watch(), data)
+    mirrored = 0
+    for step, batch in enumerate(seen):
+        for image, index in zip(batch["image"], batch_indices(23, 16, 0, step)):
+            flipped = torch.equal(image, data.images[index].flip(-1))
+            mirrored += flipped
+            assert flipped or torch.equal(image, data.images[index])
+    assert 0.35 < mirrored / (12 * 16) < 0.65

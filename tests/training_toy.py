@@ -1,0 +1,101 @@
+"""A small task for the trainer's tests; as a program under torchrun it trains it: `training_toy.py FOLDER OPTIONS`."""
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from ldm_edu.training import TrainConfig, TrainingInterrupted, TrainingTask, train  # noqa: E402
+
+CONFIG = TrainConfig(steps=100, batch_size=16, lr=1e-2, warmup_steps=10, save_every=20, validate_every=25, log_every=10)
+
+
+class Circle(torch.utils.data.Dataset):
+    """Points of a circle, with their names."""
+
+    def __init__(self, n: int = 97):
+        angle = torch.rand(n, generator=torch.Generator().manual_seed(0)) * 2 * torch.pi
+        self.points = torch.stack([angle.cos(), angle.sin()], dim=1)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"point": self.points[index], "name": f"p{index}"}
+
+
+class Net(nn.Module):
+    """Predicts the noise of a noised point."""
+
+    def __init__(self, dropout: float):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 32), nn.SiLU(), nn.Dropout(dropout), nn.Linear(32, 2))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, points, t):
+        self.calls += 1
+        return self.layers(torch.cat([points, t[:, None]], dim=1))
+
+
+class CircleTask(TrainingTask):
+    """Noise prediction on points; `pause` slows each step down so that a test can interrupt it."""
+
+    def __init__(self, seed: int = 0, dropout: float = 0.0, pause: float = 0.0, poison: int = -1):
+        torch.manual_seed(seed)
+        self.model, self.pause, self.poison = Net(dropout), pause, poison
+
+    def describe(self) -> dict:
+        return {"task": "circle", "width": 32}
+
+    def loss(self, model, batch, rng):
+        time.sleep(self.pause)
+        t, noise = rng.uniform("t"), rng.normal((2,), "noise")
+        x_t = (1 - t).sqrt()[:, None] * batch["point"] + t.sqrt()[:, None] * noise
+        losses = (model(x_t, t) - noise).square().mean(dim=1)
+        if rng.step == self.poison:
+            losses = losses * float("nan")
+        return losses, {"t": t}
+
+
+def weights(folder: Path, stem: str = "ema") -> dict:
+    """The tensors of the newest checkpoint of a run."""
+    from safetensors.torch import load_file
+
+    return load_file(sorted((folder / "checkpoints").glob("step-*"))[-1] / f"{stem}.safetensors")
+
+
+def train_child(folder: str, options: dict) -> None:
+    """Train slowly in a child process that somebody will kill."""
+    torch.set_num_threads(1)
+    train(CircleTask(pause=0.004), Circle(), CONFIG.replace(**options), folder, progress=False)
+
+
+def main(folder: str, options: dict) -> None:
+    """As one of several processes: be stopped by a signal that only the last one gets, then go on to the end."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    config = CONFIG.replace(**options)
+
+    class Hurt(CircleTask):
+        def loss(self, model, batch, rng):
+            if rank == world - 1 and rng.step == 8:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().loss(model, batch, rng)
+
+    try:
+        train(Hurt(seed=rank), Circle(), config, folder, validation=Circle(20), progress=False)
+    except TrainingInterrupted as stop:
+        Path(folder, f"stop{rank}").write_text(str(stop.step))
+    result = train(CircleTask(seed=rank), Circle(), config, folder, validation=Circle(20), progress=False)
+    if rank == 0:
+        Path(folder, "losses.json").write_text(json.dumps(result.losses))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))
