@@ -193,7 +193,7 @@ def zero_init(module: nn.Module) -> nn.Module:
         nn.init.zeros_(parameter)
     return module
 
-# %% ../nbs/06_attention.ipynb #f92c2697
+
 class SpatialTransformer(nn.Module):
     """A feature map (b, dim, h, w) as h*w tokens through `depth` transformer blocks and back, plus a residual.
 

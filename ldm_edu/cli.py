@@ -11,7 +11,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Union
 
 import torch
 import tyro
@@ -57,10 +57,10 @@ class DataOptions:
 class TrainAutoencoder:
     """Train a first stage (the perceptual autoencoder) on pictures; an interrupted run goes on when started again."""
 
-    data: Annotated[DataOptions, tyro.conf.arg(prefix_name=False)] = field(default_factory=DataOptions)
+    data: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     recipe: str = "kl-f4-tiny"  # its values are the defaults of the options below
     out: Path = Path("runs/first-stage")  # folder of checkpoints, log and finished model
-    train: Annotated[TrainConfig, tyro.conf.arg(prefix_name=False)] = field(default_factory=TrainConfig)
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
 
     def run(self) -> int:
@@ -78,11 +78,11 @@ class TrainAutoencoder:
 class Train:
     """Train a latent diffusion model on a first stage's latents; an interrupted run goes on when started again."""
 
-    data: Annotated[DataOptions, tyro.conf.arg(prefix_name=False)] = field(default_factory=DataOptions)
+    data: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     first_stage: str = "scenes-kl-f4"  # a shipped first stage, or the folder of your own
     recipe: str = "text-tiny"  # its values are the defaults of the options below
     out: Path = Path("runs/diffusion")  # folder of checkpoints, latents, log and finished model
-    train: Annotated[TrainConfig, tyro.conf.arg(prefix_name=False)] = field(default_factory=TrainConfig)
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     condition_dropout: float = 0.1  # share of rows trained without their condition, for guidance
     prediction: str = "v"  # what the UNet predicts: eps, x0 or v
 
@@ -138,7 +138,7 @@ class Evaluate:
     """Measure a model: reconstruction of a first stage, and graded prompts of a text model of scenes."""
 
     model: str = "scenes-text"  # a shipped model or first stage, or the folder of your own
-    data: Annotated[DataOptions, tyro.conf.arg(prefix_name=False)] = field(default_factory=DataOptions)
+    data: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     out: Path | None = None  # also write the figures to this JSON file
     prompts: int = 64  # prompts of each kind to grade
     steps: int = 20  # network evaluations a picture
@@ -217,5 +217,7 @@ def main(args: list[str] | None = None) -> int:
 
 def _parse(args: list[str]):
     defaults = _defaults(args)
-    union = tyro.extras.subcommand_type_from_defaults(defaults, prefix_names=False)
-    return tyro.cli(union, prog="ldm-edu", description="Latent diffusion models, from pictures to pictures.", args=args)
+    parts = [Annotated[COMMANDS[name], tyro.conf.subcommand(name, default=value, description=COMMANDS[name].__doc__, prefix_name=False)]
+             for name, value in defaults.items()]
+    return tyro.cli(Union[tuple(parts)], prog="ldm-edu", args=args,
+                    description="Latent diffusion models: train both stages, draw, measure.")

@@ -146,19 +146,22 @@ def signed_distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """
     return _DISTANCES[SHAPES.index(check_choice("shape", shape, SHAPES))](np.asarray(u), np.asarray(v))
 
-# %% ../nbs/01_scenes.ipynb #ac3a77ed
-def relation_between(first: SceneObject, second: SceneObject, aspect: float = 1.0) -> str | None:
-    """The relation of the first object to the second where one axis clearly wins, else None; `aspect` is width / height."""
+# %% ../nbs/01_scenes.ipynb #fccb55ab
+def relation_between(first: SceneObject, second: SceneObject, aspect: float = 1.0, slack: float = 1.5) -> str | None:
+    """The relation of the first object to the second where one axis wins by `slack` times, else None.
+
+    `aspect` is width / height. Captions use the default; a judge of samples may be a little milder.
+    """
     across = (second.x - first.x) * max(aspect, 1.0)
     down = (second.y - first.y) * max(1 / aspect, 1.0)
-    code = int(_relation_codes(np.array([across]), np.array([down]))[0])
+    code = int(_relation_codes(np.array([across]), np.array([down]), slack)[0])
     return None if code < 0 else RELATIONS[code]
 
 
-def _relation_codes(across: np.ndarray, down: np.ndarray) -> np.ndarray:
+def _relation_codes(across: np.ndarray, down: np.ndarray, slack: float = 1.5) -> np.ndarray:
     """Index into RELATIONS of the first object's place, given where the second lies from it; -1 where neither axis wins."""
     wide, high = np.abs(across), np.abs(down)
-    horizontal, vertical = (wide >= 1.5 * high) & (wide > 0.1), (high >= 1.5 * wide) & (high > 0.1)
+    horizontal, vertical = (wide >= slack * high) & (wide > 0.1), (high >= slack * wide) & (high > 0.1)
     return np.where(horizontal, np.where(across > 0, 0, 1), np.where(vertical, np.where(down > 0, 2, 3), -1))
 
 

@@ -248,10 +248,11 @@ def machine() -> str:
 
 # %% ../nbs/91_recipes.ipynb #604bb9e4
 _SMALL = TrainConfig(batch_size=32, lr=2e-3, weight_decay=1e-4, warmup_steps=100, final_lr_fraction=0.0, ema_decay=0.99)
+_TINY_STAGE = AutoencoderConfig(4, 16, (1, 2, 4), 1, mid_attention=False, num_groups=2, pixel_loss="l2", kl_weight=1e-6)
 
 FIRST_STAGES = {
-    "kl-f4-tiny": FirstStageRecipe(AUTOENCODERS["kl-f4-tiny"], _SMALL.replace(steps=12_000, ema_decay=0.999, save_every=1000)),
-    "kl-f4-demo": FirstStageRecipe(AUTOENCODERS["kl-f4-tiny"], _SMALL.replace(steps=1200)),
+    "kl-f4-tiny": FirstStageRecipe(_TINY_STAGE, _SMALL.replace(steps=12_000, batch_size=16, lr=4e-3, ema_decay=0.999, save_every=500, log_every=50)),
+    "kl-f4-demo": FirstStageRecipe(_TINY_STAGE, _SMALL.replace(steps=1200, batch_size=16, lr=4e-3)),
 }
 
 DIFFUSIONS = {

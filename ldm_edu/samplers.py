@@ -100,9 +100,9 @@ class Step(NamedTuple):
     def last(self) -> bool:
         return self.t_next == -1
 
-# %% ../nbs/05_samplers.ipynb #d213cf77
+
 class SamplerState(NamedTuple):
-    """What a callback sees once per step, after the step was made."""
+    """What a callback sees once per step, after the step was made: all that a plot needs."""
 
     i: int  # 0 ... S - 1
     t: int  # where the network was asked
@@ -113,7 +113,7 @@ class SamplerState(NamedTuple):
     step: Step  # t_next and both noise levels
     S: int  # number of steps in this walk
 
-
+# %% ../nbs/05_samplers.ipynb #5f9c15d4
 def _check_timesteps(steps: Sequence[int], T: int) -> list[int]:
     """Return `steps` as a list of ints; raises ValueError unless they fall strictly within [0, T)."""
     steps = [int(t) for t in steps]
@@ -121,7 +121,7 @@ def _check_timesteps(steps: Sequence[int], T: int) -> list[int]:
         raise ValueError(f"timesteps: got {steps}, expected at least one, strictly decreasing, in [0, {T})")
     return steps
 
-# %% ../nbs/05_samplers.ipynb #5929f8e5
+
 @torch.no_grad()
 def walk(
     denoiser: Denoiser,

@@ -251,10 +251,10 @@ def test_linked_folders_are_followed_but_never_in_circles(tmp_path):
 def test_missing_file_and_empty_folder_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         ImageFolder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="got no image.*nothing"):
+    with pytest.raises(ValueError, match="got no image among 0 files"):
         ImageFolder(tmp_path)
     (tmp_path / "IMG_1.heic").write_bytes(b"1")
-    with pytest.raises(ValueError, match=r"got no image.*\.heic"):
+    with pytest.raises(ValueError, match=r"got no image among 1 files.*IMG_1\.heic"):
         ImageFolder(tmp_path)
     with pytest.raises(NotADirectoryError, match="heic"):
         ImageFolder(tmp_path / "IMG_1.heic")
@@ -583,8 +583,7 @@ def zoo(tmp_path):
     return tmp_path / "zoo"
 
 
-@pytest.mark.parametrize("cache", [True, False])
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("cache, context", [(True, "fork"), (False, "fork"), (True, "spawn")])
 def test_dataloader_with_two_workers(zoo, cache, context):
     data = ImageFolder(zoo, 16, captions="filename", cache=cache)
     plain = next(iter(DataLoader(data, batch_size=12)))
@@ -747,7 +746,7 @@ def write_cifar(root):
         with open(base / name, "wb") as file:
             pickle.dump({"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [0, 1, 2, 9]}, file)
     with open(base / "batches.meta", "wb") as file:
-        pickle.dump({"label_names": "airplane automobile bird cat deer dog frog horse ship truck".split()}, file)
+        pickle.dump({"label_names": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]}, file)
     return base
 
 

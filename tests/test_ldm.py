@@ -1,0 +1,167 @@
+"""The latent diffusion model: scale factor both ways, shapes, seeds, saving, strict loading, bad requests."""
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import ldm_edu
+from ldm_edu import ldm as L
+from ldm_edu.autoencoder import AutoencoderConfig
+from ldm_edu.conditioning import ClassConditioner, ClassConfig, NoCondition
+from ldm_edu.data import Scenes
+from ldm_edu.schedule import ScheduleConfig
+from ldm_edu.unet import UNetConfig
+
+STAGE = AutoencoderConfig(4, 8, (1, 2, 2), 1, mid_attention=False, num_groups=4)
+
+
+def tiny(conditioner=None, **options):
+    """A random model of 16-pixel pictures."""
+    torch.manual_seed(0)
+    conditioner = conditioner or ClassConditioner(ClassConfig(3, ("a", "b", "c"), width=8))
+    unet = UNetConfig(4, 4, 8, (1, 2), 1, (1,), head_dim=8, num_groups=4, context_dim=conditioner.context_dim)
+    config = L.LDMConfig(STAGE, unet, conditioner.to_dict(), ScheduleConfig(T=100), image_size=16, **options)
+    model = L.build(config).eval()
+    for p in model.net.parameters():  # the zero-initialised layers too, so that conditions show
+        torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def test_scale_factor_is_applied_both_ways():
+    model = tiny(scale_factor=0.25)
+    x = Scenes(16, n=4, fields=("image",)).render(range(4))["image"]
+    raw = model.first_stage.encode(x).mode()
+    torch.testing.assert_close(model.encode(x), 0.25 * raw)
+    torch.testing.assert_close(model.decode(model.encode(x)), model.first_stage.decode(raw).clamp(-1, 1))
+
+
+def test_an_image_depends_on_its_seed_and_prompt_alone():
+    model = tiny()
+    many = model.sample(["a", "b", "c", "b"], seed=5, steps=4, guidance_scale=2.0)
+    alone = model.sample(["c"], seed=7, steps=4, guidance_scale=2.0)
+    split = model.sample(["a", "b", "c", "b"], seed=5, steps=4, guidance_scale=2.0, batch_size=3)
+    listed = model.sample(["b", "a"], seed=[8, 5], steps=4, guidance_scale=2.0)
+    assert many.shape == (4, 3, 16, 16) and many.dtype == torch.float32 and many.abs().max() <= 1
+    torch.testing.assert_close(many[2:3], alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(many, split, atol=1e-5, rtol=0)
+    torch.testing.assert_close(listed, many[[3, 0]], atol=1e-5, rtol=0)
+    assert (many[1] - many[3]).abs().max() > 1e-3, "other seeds, other pictures"
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
+def test_guidance_limits(sampler):
+    model = tiny()
+    draw = lambda prompts, s: model.sample(prompts, n=2, seed=3, steps=3, guidance_scale=s, sampler=sampler)
+    torch.testing.assert_close(draw("a", 0.0), draw(None, 1.0), atol=1e-5, rtol=0)
+    assert (draw("a", 1.0) - draw(None, 1.0)).abs().max() > 1e-4
+    assert (draw("a", 4.0) - draw("a", 1.0)).abs().max() > 1e-4
+
+
+def test_negative_prompts_replace_the_null_condition():
+    model = tiny()
+    same = model.sample("a", seed=0, steps=3, guidance_scale=3.0, negative="a")
+    torch.testing.assert_close(same, model.sample("a", seed=0, steps=3, guidance_scale=1.0), atol=1e-5, rtol=0)
+
+
+def test_other_sizes_and_latents():
+    model = tiny()
+    assert model.sample(["a"], size=(16, 32), steps=2).shape == (1, 3, 16, 32)
+    assert model.sample(["a"], steps=2, decode=False).shape == (1, 4, 4, 4)
+    seen = []
+    model.sample(["a", "b"], steps=5, callback=seen.append)
+    assert len(seen) == 5 and seen[0].x_t.shape == (2, 4, 4, 4)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"size": 20}, "20x20, expected multiples of 8"), ({"steps": 0}, "0"), ({"steps": 101}, "101"),
+    ({"sampler": "euler9"}, "euler9.*ddim"), ({"n": 0}, "got 0"), ({"n": 3, "prompts": ["a", "b"]}, "3 images for 2"),
+    ({"prompts": ["d"]}, "d.*a, b, c"), ({"prompts": []}, "empty list"), ({"seed": [1, 2, 3]}, "3 seeds, expected 1"),
+    ({"guidance_scale": float("nan")}, "nan"), ({"batch_size": 0}, "batch_size"), ({"spacing": "even"}, "even.*trailing"),
+])
+def test_bad_requests_say_what_was_expected(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny().sample(**{"prompts": ["a"], "steps": 2, **arguments})
+
+
+def test_wrong_pictures_and_latents_are_refused():
+    model = tiny()
+    with pytest.raises(ValueError, match=r"\[-1, 1\]"):
+        model.encode(torch.full((1, 3, 16, 16), 2.0))
+    with pytest.raises(TypeError, match="uint8"):
+        model.encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="z=4"):
+        model.decode(torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="prediction"):
+        L.LDMConfig(prediction="noise")
+    with pytest.raises(ValueError, match="scale_factor"):
+        L.LDMConfig(scale_factor=0.0)
+
+
+def test_save_and_load_give_the_same_pictures(tmp_path):
+    model = tiny(scale_factor=0.5)
+    folder = L.save(model, tmp_path / "m", card={"steps": 3})
+    again = L.load(folder)
+    assert again.card == {"steps": 3} and again.config == model.config
+    torch.testing.assert_close(again.sample(["b"], steps=3), model.sample(["b"], steps=3), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="holds a model already"):
+        L.save(model, folder)
+    L.save(model, folder, overwrite=True, dtype=torch.float16)
+    torch.testing.assert_close(L.load(folder).sample(["b"], steps=3), model.sample(["b"], steps=3), rtol=0, atol=2e-2)
+    stage = L.save(model.first_stage, tmp_path / "s")
+    x = torch.zeros(1, 3, 16, 16)
+    torch.testing.assert_close(L.load_first_stage(stage).encode(x).mean, model.first_stage.encode(x).mean, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="'first-stage', expected 'latent-diffusion'"):
+        L.load(stage)
+
+
+def test_an_unconditional_model_draws_without_prompts(tmp_path):
+    model = tiny(NoCondition())
+    assert model.sample(n=3, steps=2).shape == (3, 3, 16, 16)
+    with pytest.raises(ValueError):
+        model.sample(["a"], steps=2)
+
+
+def test_weights_that_do_not_fit_are_listed(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = L.save(tiny(), tmp_path / "m")
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    first, second, *_ = state
+    broken = {k: v for k, v in state.items() if k != first} | {"extra": torch.zeros(1), second: torch.zeros(2, 2)}
+    save_file(broken, path)
+    with pytest.raises(ValueError) as err:
+        L.load(folder)
+    assert all(part in str(err.value) for part in (str(path), f"missing {first}", "unexpected extra", f"{second}: got (2, 2)"))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="model.safetensors.*not a readable"):
+        L.load(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="config.json"):
+        L.load(folder)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"kind": "latent-diffusion", "steps": 1}))
+    with pytest.raises(ValueError, match="unknown steps"):
+        L.load(folder)
+
+
+def test_public_names_and_unknown_ones():
+    assert ldm_edu.Scenes is Scenes and "load" in dir(ldm_edu)
+    with pytest.raises(AttributeError, match="public names"):
+        ldm_edu.lod  # noqa: B018
+    with pytest.raises(ValueError, match="one of"):
+        ldm_edu.load("no-such-model")
+
+
+def test_first_picture_from_any_folder_offline_within_ten_seconds(tmp_path, root):
+    code = ("import time; a = time.perf_counter(); import ldm_edu as ldm; model = ldm.load('scenes-text'); "
+            "x = model.sample(['a red circle left of a blue square'], steps=20, guidance_scale=4.0, sampler='dpmpp_2m', seed=0); "
+            "assert x.shape[1] == 3 and x.std() > 0.1; print(time.perf_counter() - a)")
+    import os
+    env = {**os.environ, "PYTHONPATH": str(root / "tests" / "offline"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= 10, f"{float(done.stdout):.1f} s to the first picture"
