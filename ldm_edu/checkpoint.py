@@ -45,11 +45,10 @@ def fsync(path: str | os.PathLike) -> None:
 def commit_folder(part: Path, final: Path) -> Path:
     """Turn the finished folder `part` into `final` in one rename; a former `final` is replaced.
 
-    Every file is on the disk before the name is, so that the name promises the content, also after a power cut.
+    Every file is on the disk before the name is: the name promises the content, also after a power cut.
     """
-    for path in part.rglob("*"):
+    for path in [*part.rglob("*"), part]:
         fsync(path)
-    fsync(part)
     old = final.with_name(f".old-{final.name}-{os.getpid()}")
     if final.exists():
         os.replace(final, old)
@@ -74,15 +73,15 @@ def file_record(path: Path) -> dict:
             crc = zlib.crc32(block, crc)
     return {"bytes": path.stat().st_size, "crc32": f"{crc:08x}"}
 
-
+# %% ../nbs/08b_checkpoints.ipynb #9e2046b1
 def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous CPU tensors, none sharing memory with another, as safetensors wants them (tied weights are copied)."""
     plain, seen = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().to("cpu").contiguous()
-        pointer = tensor.untyped_storage().data_ptr()
-        plain[name] = tensor.clone() if pointer in seen or tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
-        seen.add(pointer)
+        storage = tensor.untyped_storage()
+        plain[name] = tensor.clone() if storage.data_ptr() in seen or storage.nbytes() > tensor.nbytes else tensor
+        seen.add(storage.data_ptr())
     return plain
 
 # %% ../nbs/08b_checkpoints.ipynb #ea50dead
@@ -92,19 +91,17 @@ def save_checkpoint(root: str | os.PathLike, step: int, tensors: Mapping[str, Ma
     `tensors` maps a file's stem ("model", "ema", "optimizer") to its named tensors; `state` is JSON-ready.
     Raises OSError when the disk refuses (then nothing is left behind).
     """
-    root = Path(root)
-    part = root / f".part-{step:08d}-{os.getpid()}"
+    part = Path(root) / f".part-{step:08d}-{os.getpid()}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         files = {}
         for stem, group in tensors.items():
-            path = part / f"{stem}.safetensors"
-            save_file(plain_tensors(group), path)
-            files[path.name] = file_record(path)
+            save_file(plain_tensors(group), part / f"{stem}.safetensors")
+            files[f"{stem}.safetensors"] = file_record(part / f"{stem}.safetensors")
         head = {"format": CHECKPOINT_FORMAT, "step": step, "files": files}
         (part / "state.json").write_text(json.dumps({**head, **state}, indent=2) + "\n", encoding="utf-8")
-        return commit_folder(part, root / f"step-{step:08d}")
+        return commit_folder(part, Path(root) / f"step-{step:08d}")
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -114,35 +111,34 @@ def check_checkpoint(folder: str | os.PathLike) -> dict:
 
     Raises CheckpointError naming the first file that is missing, cut, altered or of another make.
     """
-    folder = Path(folder)
+    head = Path(folder) / "state.json"
     try:
-        state = read_json(folder / "state.json")
+        state = read_json(head)
     except (OSError, ValueError) as err:
-        raise CheckpointError(f"{folder / 'state.json'}: cannot be read ({err})") from err
+        raise CheckpointError(f"{head}: cannot be read ({err})") from err
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        raise CheckpointError(f"{folder / 'state.json'}: not a checkpoint of this library ({CHECKPOINT_FORMAT!r})")
+        raise CheckpointError(f"{head}: not a checkpoint of this library ({CHECKPOINT_FORMAT!r})")
     for name, record in state["files"].items():
-        path = folder / name
+        path = Path(folder) / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing")
-        found = file_record(path)
-        if found != record:
+        if (found := file_record(path)) != record:
             raise CheckpointError(f"{path}: damaged, got {found}, expected {record}")
     return state
 
-
+# %% ../nbs/08b_checkpoints.ipynb #bae6c6db
 def load_checkpoint(folder: str | os.PathLike) -> tuple[dict[str, dict[str, Tensor]], dict]:
     """Return `(tensors, state)` as `save_checkpoint` took them; raises CheckpointError as `check_checkpoint` does."""
     state = check_checkpoint(folder)
     return {Path(name).stem: load_file(Path(folder) / name) for name in state["files"]}, state
 
-# %% ../nbs/08b_checkpoints.ipynb #76bf4348
+
 def list_checkpoints(root: str | os.PathLike) -> list[tuple[int, Path]]:
     """`(step, folder)` of every finished checkpoint under `root`, oldest first; their content is not looked at."""
     folders = [p for p in Path(root).glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
     return sorted((int(p.name[5:]), p) for p in folders)
 
-
+# %% ../nbs/08b_checkpoints.ipynb #64534b5a
 def newest_checkpoint(root: str | os.PathLike) -> Path | None:
     """The newest checkpoint under `root` that is whole, or None when there is none at all.
 
@@ -160,7 +156,7 @@ def newest_checkpoint(root: str | os.PathLike) -> Path | None:
         raise CheckpointError(f"no whole checkpoint is left in {root}: {'; '.join(faults)}. Delete the folder to start again.")
     return None
 
-
+# %% ../nbs/08b_checkpoints.ipynb #e15d194c
 def rotate_checkpoints(root: str | os.PathLike, keep: int, step: int) -> None:
     """Delete all but the `keep` newest checkpoints of those up to `step`, and what killed runs left half-written."""
     for _, folder in [c for c in list_checkpoints(root) if c[0] <= step][:-keep]:
@@ -215,19 +211,23 @@ class LatentDataset(torch.utils.data.Dataset):
 
     def fetch(self, indices: Sequence[int], flips: Sequence[bool] | None = None) -> dict:
         """One batch; where `flips` says so, the latents of the mirrored picture."""
-        indices = np.asarray(indices, dtype=np.int64)
-        views = np.zeros(len(indices), dtype=np.int64) if flips is None else np.asarray(flips, dtype=np.int64)
-        latents = torch.from_numpy(self._latents[indices, views].astype(np.float32))
-        batch = dict(zip(("mean", "std"), latents.unbind(1), strict=False))
-        batch |= {k: torch.from_numpy(np.array(a[indices])) for k, a in self._fields.items()}
-        return batch | {k: [texts[i] for i in indices] for k, texts in self._texts.items()}
+        return _fetch(self, indices, flips)
 
     def __getitem__(self, index: int) -> dict:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index: got {index}, expected less than {len(self)}")
         return {k: v[0] for k, v in self.fetch([index % len(self)]).items()}
 
-# %% ../nbs/08b_checkpoints.ipynb #4cf3c17a
+# %% ../nbs/08b_checkpoints.ipynb #b6715b44
+def _fetch(latents: LatentDataset, indices: Sequence[int], flips: Sequence[bool] | None) -> dict:
+    indices = np.asarray(indices, dtype=np.int64)
+    views = np.zeros(len(indices), dtype=np.int64) if flips is None else np.asarray(flips, dtype=np.int64)
+    values = torch.from_numpy(latents._latents[indices, views].astype(np.float32))
+    batch = dict(zip(("mean", "std"), values.unbind(1), strict=False))
+    batch |= {k: torch.from_numpy(np.array(a[indices])) for k, a in latents._fields.items()}
+    return batch | {k: [texts[i] for i in indices] for k, texts in latents._texts.items()}
+
+
 def moments(encoded) -> Tensor:
     """Stack what an encoder returned, `(b, parts, c, h, w)`: mean and std of a Gaussian, or a plain latent (one part).
 
@@ -238,7 +238,7 @@ def moments(encoded) -> Tensor:
     mean, std = encoded if isinstance(encoded, tuple) else (encoded.mean, torch.exp(0.5 * encoded.logvar))
     return torch.stack([mean, std], dim=1)
 
-
+# %% ../nbs/08b_checkpoints.ipynb #3b31448f
 def field_arrays(items: Sequence[Mapping], keep: Sequence[str], flips: bool) -> tuple[dict, dict]:
     """Split the kept fields of some items into `(arrays, texts)`.
 
@@ -264,7 +264,7 @@ def cache_latents(
 ) -> LatentDataset:
     """Encode a data set once and return it as a LatentDataset; a second call finds it, a killed one goes on.
 
-    encode: images (b, 3, h, w) in [-1, 1] -> latents, `(mean, std)`, or a Gaussian with `.mean` and `.logvar`; moves to its own device.
+    encode: images (b, 3, h, w) in [-1, 1] -> latents, `(mean, std)`, or a Gaussian with `.mean` and `.logvar`.
     key: identity of the encoder, `state_hash(first_stage)`; with `dataset.fingerprint()` it names the cache inside `folder`.
     flips: encode the mirrored pictures too (flipping a latent is not the latent of the flipped picture).
     Raises ValueError for flips of a data set that is not `flip_safe`.
@@ -285,12 +285,8 @@ def cache_latents(
         _encode_all(encode, dataset, final, identity | {"digest": digest}, batch_size, progress)
     return LatentDataset(final)
 
-# %% ../nbs/08b_checkpoints.ipynb #467c4261
+# %% ../nbs/08b_checkpoints.ipynb #53ee0de4
 PROGRESS_SECONDS = 5  # what a killed encoding loses at most
-
-
-def _items(dataset, indices: Sequence[int]) -> list:
-    return dataset.__getitems__(indices) if hasattr(dataset, "__getitems__") else [dataset[i] for i in indices]
 
 
 @torch.no_grad()
@@ -304,40 +300,34 @@ def _encode_batch(encode: Callable, items: Sequence[Mapping], image_key: str, fl
 
 
 def _encode_all(encode: Callable, dataset, final: Path, info: dict, batch_size: int, progress: bool) -> None:
-    """Fill `final` by way of a folder beside it that remembers how far it got."""
     part = final.with_name(f".part-{final.name}")
     part.mkdir(parents=True, exist_ok=True)
-    n, record = len(dataset), part / "progress.json"
-    state = read_json(record) if record.exists() else {"done": 0}
-    arrays, texts, saved = {}, {k: [] for k in state.get("texts", [])}, time.monotonic()
-    if state["done"]:
-        arrays = {p.stem: np.lib.format.open_memmap(p, mode="r+") for p in part.glob("*.npy")}
-        texts = {k: read_json(part / f"field-{k}.json") for k in texts}
-    with tqdm(total=n, initial=state["done"], desc="encoding", disable=not progress, unit="img") as bar:
-        for start in range(state["done"], n, batch_size):
-            items = _items(dataset, list(range(start, min(start + batch_size, n))))
-            batch = {"latents": _encode_batch(encode, items, info["image_key"], info["flips"])}
+    done, arrays, texts = _take_up(part)
+    n, saved = len(dataset), time.monotonic()
+    with tqdm(total=n, initial=done, desc="encoding", disable=not progress, unit="img") as bar:
+        for start in range(done, n, batch_size):
+            indices = list(range(start, min(start + batch_size, n)))
+            items = dataset.__getitems__(indices) if hasattr(dataset, "__getitems__") else [dataset[i] for i in indices]
             fields, words = field_arrays(items, info["fields"], info["flips"])
-            batch |= {f"field-{k}": a for k, a in fields.items()}
-            _store(part, arrays, batch, start, n, info["dtype"])
-            for k, values in words.items():
-                texts[k] = texts.get(k, [])[:start] + values
-            done = start + len(items)
+            latents = _encode_batch(encode, items, info["image_key"], info["flips"]).astype(info["dtype"])
+            _store(part, arrays, {"latents": latents} | {f"field-{k}": a for k, a in fields.items()}, start, n)
+            texts |= {k: texts.get(k, [])[:start] + values for k, values in words.items()}
             bar.update(len(items))
-            if done == n or time.monotonic() - saved > PROGRESS_SECONDS:
-                _save_progress(part, arrays, texts, done)
+            if indices[-1] == n - 1 or time.monotonic() - saved > PROGRESS_SECONDS:
+                _save_progress(part, arrays, texts, start + len(items))
                 saved = time.monotonic()
-    shape, fields = arrays["latents"].shape, [k[6:] for k in arrays if k.startswith("field-")]
-    del arrays
-    write_json(part / "latents.json", info | {"shape": list(shape), "arrays": sorted(fields), "texts": sorted(texts)})
+    names = sorted(name[6:] for name in arrays if name.startswith("field-"))
+    info = info | {"shape": list(arrays["latents"].shape), "arrays": names, "texts": sorted(texts)}
+    arrays.clear()
+    write_json(part / "latents.json", info)
     commit_folder(part, final)
 
-
-def _store(part: Path, arrays: dict, batch: Mapping[str, np.ndarray], start: int, n: int, dtype: str) -> None:
+# %% ../nbs/08b_checkpoints.ipynb #6fb02ec1
+def _store(part: Path, arrays: dict, batch: Mapping[str, np.ndarray], start: int, n: int) -> None:
     for name, values in batch.items():
-        kind = dtype if name == "latents" else values.dtype
         if name not in arrays:
-            arrays[name] = np.lib.format.open_memmap(part / f"{name}.npy", mode="w+", dtype=kind, shape=(n, *values.shape[1:]))
+            shape = (n, *values.shape[1:])
+            arrays[name] = np.lib.format.open_memmap(part / f"{name}.npy", mode="w+", dtype=values.dtype, shape=shape)
         arrays[name][start : start + len(values)] = values
 
 
@@ -347,3 +337,12 @@ def _save_progress(part: Path, arrays: Mapping, texts: Mapping, done: int) -> No
     for key, values in texts.items():
         write_json(part / f"field-{key}.json", values)
     write_json(part / "progress.json", {"done": done, "texts": list(texts)})
+
+
+def _take_up(part: Path) -> tuple[int, dict, dict]:
+    """How far a killed encoding got, with its arrays and texts."""
+    if not (part / "progress.json").exists():
+        return 0, {}, {}
+    state = read_json(part / "progress.json")
+    arrays = {p.stem: np.lib.format.open_memmap(p, mode="r+") for p in part.glob("*.npy")}
+    return state["done"], arrays, {k: read_json(part / f"field-{k}.json") for k in state["texts"]}

@@ -11,7 +11,9 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Union
+from functools import reduce
+from operator import or_
+from typing import Annotated
 
 import torch
 import tyro
@@ -24,7 +26,8 @@ from .folders import ImageFolder, from_torchvision, train_validation_split
 from .grader import grade
 from .ldm import find_model, load, load_first_stage, pretrained_names
 from .recipes import DIFFUSIONS, FIRST_STAGES, train_autoencoder, train_diffusion, write_picture
-from .training import TrainConfig, TrainingInterrupted
+from .runs import TrainingInterrupted
+from .training import TrainConfig
 from .viz import to_pil
 
 # %% ../nbs/93_cli.ipynb #2c6ecba7
@@ -219,5 +222,5 @@ def _parse(args: list[str]):
     defaults = _defaults(args)
     parts = [Annotated[COMMANDS[name], tyro.conf.subcommand(name, default=value, description=COMMANDS[name].__doc__, prefix_name=False)]
              for name, value in defaults.items()]
-    return tyro.cli(Union[tuple(parts)], prog="ldm-edu", args=args,
+    return tyro.cli(reduce(or_, parts), prog="ldm-edu", args=args,
                     description="Latent diffusion models: train both stages, draw, measure.")

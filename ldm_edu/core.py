@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'check_choice', 'check_shape', 'check_images', 'Config', 'Profile', 'use_profile', 'profile',
-           'derive_seed', 'make_generators', 'randn', 'default_device', 'atomic_path', 'write_text', 'write_json',
+           'make_generators', 'randn', 'derive_seed', 'default_device', 'atomic_path', 'write_text', 'write_json',
            'read_json', 'Verdict', 'attempt']
 
 # %% ../nbs/00_notation.ipynb #aa029a2a
@@ -40,7 +40,7 @@ def check_choice(name: str, value: str, choices) -> str:
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}{hint}")
 
-
+# %% ../nbs/00_notation.ipynb #e5d53a01
 def check_shape(name: str, tensor: Tensor, pattern: str, **sizes: int) -> Tensor:
     """Return `tensor` if its shape fits `pattern`, e.g. `"b 3 h w"`, with `sizes` fixing named axes.
 
@@ -57,7 +57,7 @@ def check_shape(name: str, tensor: Tensor, pattern: str, **sizes: int) -> Tensor
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected ({pattern}){known}")
     return tensor
 
-
+# %% ../nbs/00_notation.ipynb #ef6a369e
 def check_images(images: Tensor, name: str = "images") -> Tensor:
     """Return `images` if they are (b, 3, h, w), floating point, finite and in [-1, 1] (within 1 %).
 
@@ -99,7 +99,7 @@ class Config:
         """Return a copy with some fields changed; unknown names raise ValueError."""
         return type(self).from_dict({**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, **changes})
 
-
+# %% ../nbs/00_notation.ipynb #a4b380cf
 def _restore(hint, value):
     """Undo what JSON did to one field: lists that were tuples, mappings that were configs."""
     kinds = [hint, *typing.get_args(hint)]
@@ -133,7 +133,7 @@ class Profile(Config):
         """Batch size where two CPU cores would take `n`."""
         return max(2, round(n * self.batch_factor))
 
-
+# %% ../nbs/00_notation.ipynb #dccc6555
 PROFILES = {
     "ci": Profile("ci", step_factor=0.5, sample_factor=0.5),
     "cpu": Profile("cpu"),
@@ -154,13 +154,7 @@ def profile() -> Profile:
     """The profile of this process: `use_profile`'s, else the variable LDM_EDU_PROFILE, else "cpu"."""
     return _current or use_profile(os.environ.get("LDM_EDU_PROFILE", "cpu"))
 
-# %% ../nbs/00_notation.ipynb #5c0303b1
-def derive_seed(*parts) -> int:
-    """Hash any integers and strings to one seed in [0, 2**63): the same on every machine, unrelated for near inputs."""
-    text = "\x1f".join(f"{type(p).__name__}:{p}" for p in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-
-
+# %% ../nbs/00_notation.ipynb #57e9363c
 def make_generators(seed: int | Sequence[int], n: int) -> list[torch.Generator]:
     """One CPU generator per image: image i uses `seed + i`, or `seed[i]` where a sequence is given.
 
@@ -171,7 +165,7 @@ def make_generators(seed: int | Sequence[int], n: int) -> list[torch.Generator]:
         raise ValueError(f"seed: got {len(seeds)} seeds, expected {n}, one per image (or a single integer)")
     return [torch.Generator().manual_seed(int(s) % 2**64) for s in seeds]
 
-
+# %% ../nbs/00_notation.ipynb #5ee8d5e4
 def randn(shape: Sequence[int], generator=None, device=None, dtype: torch.dtype | None = None) -> Tensor:
     """Standard normal noise of `shape`, drawn on the CPU in float32 and then moved, so that every device sees the same.
 
@@ -187,7 +181,13 @@ def randn(shape: Sequence[int], generator=None, device=None, dtype: torch.dtype 
         noise = torch.stack([torch.randn(tuple(shape[1:]), generator=g, dtype=torch.float32) for g in generator])
     return noise.to(device=device, dtype=dtype)
 
+# %% ../nbs/00_notation.ipynb #5c0303b1
+def derive_seed(*parts) -> int:
+    """Hash any integers and strings to one seed in [0, 2**63): the same on every machine, unrelated for near inputs."""
+    text = "\x1f".join(f"{type(p).__name__}:{p}" for p in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
+# %% ../nbs/00_notation.ipynb #f602198f
 def default_device() -> torch.device:
     """The first accelerator that torch reports, else the CPU."""
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
@@ -212,7 +212,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         part.unlink(missing_ok=True)
 
-
+# %% ../nbs/00_notation.ipynb #1b4fa53b
 def write_text(path: str | os.PathLike, text: str) -> Path:
     """Write `text` to `path` in one step: readers see the old file or the new one, never half of it."""
     with atomic_path(path) as part:

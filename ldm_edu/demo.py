@@ -144,8 +144,8 @@ td, th {{ padding: .2rem .9rem .2rem 0; text-align: left; border-bottom: 1px sol
 def percent(summary: dict, key: str) -> str:
     """One accuracy with its 95 % interval."""
     values = summary[key]
-    low, high = values["interval"]
-    return f"{100 * values['accuracy']:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+    low, high = values["low"], values["high"]
+    return f"{100 * values['rate']:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def to_page(report: dict, pictures: dict[str, bytes]) -> str:

@@ -326,7 +326,7 @@ TORCHVISION = {  # name -> each split as torchvision's argument, and what a down
     "CelebA": ({s: {"split": s[:5]} for s in ("train", "validation", "test")}, "1.4 GB; needs gdown"),
 }
 
-# %% ../nbs/01c_folders.ipynb #636aaa93
+
 def from_torchvision(name: str, root, size=32, split: str = "train", download: bool = False, crop: str = "center",
                      cache="auto") -> Pictures:
     """One of torchvision's data sets (`TORCHVISION` lists them) as `Pictures`; CelebA's attributes become captions.
@@ -342,14 +342,13 @@ def from_torchvision(name: str, root, size=32, split: str = "train", download: b
         kind = ImportError if isinstance(err, ImportError) else FileNotFoundError
         raise kind(f"{name}: got no complete copy in {root} ({err}), expected one; download=True fetches it once ({cost}), "
                    "or copy the folder from another machine") from err
-    labels = classes = captions = None
     if name == "CelebA":
         words = [word.replace("_", " ").lower() for word in source.attr_names]
-        captions = [", ".join(["a face", *(w for w, on in zip(words, row) if on)]) for row in source.attr.tolist()]
+        facts = {"captions": [", ".join(["a face", *(w for w, on in zip(words, row) if on)]) for row in source.attr.tolist()]}
     else:
-        labels, classes = list(map(int, source._labels if name == "Flowers102" else source.targets)), list(source.classes)
-    identity = [f"{name} {split}"] * len(source)
-    return Pictures(functools.partial(_read_source, source), identity, size, crop, cache, labels, classes, captions)
+        labels = source._labels if name == "Flowers102" else source.targets
+        facts = {"labels": list(map(int, labels)), "class_names": list(source.classes)}
+    return Pictures(functools.partial(_read_source, source), [f"{name} {split}"] * len(source), size, crop, cache, **facts)
 
 
 def _read_source(source, index: int, size: tuple[int, int]) -> Image.Image:
@@ -385,11 +384,12 @@ def train_validation_split(dataset, fraction: float = 0.1, seed: int = 0) -> tup
 
 # %% ../nbs/01c_folders.ipynb #0eab9882
 def make_buckets(size: int = 256, step: int = 32, max_aspect: float = 2.0) -> list[tuple[int, int]]:
-    """Pairs (height, width), multiples of `step` of about size x size pixels, at most `max_aspect` times as long as wide."""
+    """Pairs (height, width), multiples of `step` of size x size pixels within 15 %, at most `max_aspect` times as long as wide."""
     if min(size, step) < 1 or size % step or max_aspect < 1:
         raise ValueError(f"got size {size}, step {step}, max_aspect {max_aspect}, expected step to divide size and max_aspect >= 1")
-    pairs = [(a, max(1, round(size * size / a / step)) * step) for a in range(step, int(size * max_aspect) + 1, step)]
-    return sorted({pair for a, b in pairs if max(a, b) <= max_aspect * min(a, b) for pair in ((a, b), (b, a))})
+    pairs = [(a, round(size * size / a / step) * step) for a in range(step, int(size * max_aspect) + 1, step)]
+    pairs = [(a, b) for a, b in pairs if max(a, b) <= max_aspect * min(a, b) and abs(a * b / size**2 - 1) <= 0.15]
+    return sorted({pair for a, b in pairs for pair in ((a, b), (b, a))})
 
 
 def nearest_bucket(height: int, width: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from .captions import SIZES, Claim, parse_caption, relation_between
 from .core import check_images
-from .data import COLOUR_RGB, COLOURS, SHAPES, SIZES, Claim, SceneObject, parse_caption, relation_between, signed_distance
+from .drawing import COLOUR_RGB, COLOURS, SHAPES, signed_distance
 
 # %% ../nbs/01b_grader.ipynb #ee0bd58f
 class Reading(NamedTuple):
@@ -43,7 +44,7 @@ class Reading(NamedTuple):
 
 SIDE = 32  # pixels of the shorter side while reading; larger pictures are shrunk to it
 DOUBTFUL = 0.9  # silhouettes that fit worse are sought again, over a wider area
-MIN_SCORE = 0.6  # silhouettes that fit worse are called unknown
+MIN_SCORE = 0.75  # silhouettes that fit worse are called unknown
 _WINDOW = 29  # pixels, the side of a template: the largest object and a margin
 _RADII = 0.135 * 1.055 ** np.arange(20)  # of the shorter side: 0.135 to 0.37
 _SHIFTS = (-1 / 3, 0.0, 1 / 3)  # of a pixel
@@ -260,7 +261,8 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
         raise ValueError(f"wilson: got {successes} of {n}, expected 0 <= successes <= n and n >= 1")
     rate, square = successes / n, z * z / n
     centre, half = rate + square / 2, z * (rate * (1 - rate) / n + square / (4 * n)) ** 0.5
-    return max(0.0, (centre - half) / (1 + square)), min(1.0, (centre + half) / (1 + square))
+    low, high = (centre - half) / (1 + square), (centre + half) / (1 + square)
+    return (low if successes else 0.0), (high if successes < n else 1.0)  # exact at the ends, where rounding could cross the rate
 
 # %% ../nbs/01b_grader.ipynb #64bd0b8d
 @dataclass(frozen=True)

@@ -35,10 +35,10 @@ def split_rates(kind: str, acp: Tensor, *tensors: Tensor) -> tuple:
     check_choice("prediction", kind, PREDICTIONS)
     dtype = torch.promote_types(tensors[0].dtype, tensors[1].dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    acp = torch.as_tensor(acp).to(wide)
+    acp = torch.as_tensor(acp, dtype=wide)
     return acp.sqrt(), (1 - acp).sqrt(), *(x.to(wide) for x in tensors), dtype
 
-
+# %% ../nbs/04_objective.ipynb #0d91d310
 def to_x0(kind: str, pred: Tensor, x_t: Tensor, acp: Tensor) -> Tensor:
     """The clean data that a prediction of `kind` stands for, (b, ...) [Salimans & Ho 2022, app. D].
 
@@ -49,7 +49,7 @@ def to_x0(kind: str, pred: Tensor, x_t: Tensor, acp: Tensor) -> Tensor:
         return ((x_t - noise * pred) / signal).to(dtype)
     return (pred if kind == "x0" else signal * x_t - noise * pred).to(dtype)
 
-
+# %% ../nbs/04_objective.ipynb #f235df6e
 def to_eps(kind: str, pred: Tensor, x_t: Tensor, acp: Tensor) -> Tensor:
     """The noise that a prediction of `kind` stands for, (b, ...) [Salimans & Ho 2022, app. D].
 
@@ -60,7 +60,7 @@ def to_eps(kind: str, pred: Tensor, x_t: Tensor, acp: Tensor) -> Tensor:
         return ((x_t - signal * pred) / noise).to(dtype)
     return (pred if kind == "eps" else noise * x_t + signal * pred).to(dtype)
 
-
+# %% ../nbs/04_objective.ipynb #3dd9988d
 def to_v(kind: str, pred: Tensor, x_t: Tensor, acp: Tensor) -> Tensor:
     """The velocity sqrt(acp) eps - sqrt(1 - acp) x0 that a prediction of `kind` stands for, (b, ...).
 
@@ -71,7 +71,7 @@ def to_v(kind: str, pred: Tensor, x_t: Tensor, acp: Tensor) -> Tensor:
         return ((pred - noise * x_t) / signal).to(dtype)
     return (pred if kind == "v" else (signal * x_t - pred) / noise).to(dtype)
 
-
+# %% ../nbs/04_objective.ipynb #1026dddd
 def make_target(kind: str, x0: Tensor, eps: Tensor, acp: Tensor) -> Tensor:
     """What a perfect network of `kind` would output for this pair, (b, ...)."""
     signal, noise, x0, eps, dtype = split_rates(kind, acp, x0, eps)
@@ -89,7 +89,7 @@ X0_WEIGHTS = {
 }
 WEIGHTINGS = ("simple", *X0_WEIGHTS)  # "simple" counts the squared error of the network's own target as it is
 
-
+# %% ../nbs/04_objective.ipynb #c1f3b049
 def loss_weights(name: str, kind: str, snr: Tensor, snr_previous: Tensor | None = None, gamma: float = 5.0) -> Tensor:
     """Weight on the squared error of a network that predicts `kind`, of snr's shape, float32.
 
@@ -109,7 +109,7 @@ def loss_weights(name: str, kind: str, snr: Tensor, snr_previous: Tensor | None 
     previous = torch.full_like(snr, math.inf) if snr_previous is None else torch.as_tensor(snr_previous).to(snr)
     return X0_WEIGHTS[name](snr, previous, gamma) / {"x0": 1.0, "eps": snr, "v": snr + 1}[kind]
 
-
+# %% ../nbs/04_objective.ipynb #41299cb3
 def weights_at(name: str, kind: str, schedule: NoiseSchedule, t: Tensor, gamma: float = 5.0) -> Tensor:
     """`loss_weights` at the steps `t` of a schedule, of t's shape, float32."""
     previous = torch.where(t == 0, math.inf, schedule.snr((t - 1).clamp(min=0)))
@@ -199,7 +199,7 @@ def logit_normal_timesteps(b: int, T: int, generator=None) -> Tensor:
     """
     return (randn((b, 1), generator)[:, 0].sigmoid() * T).long().clamp(max=T - 1)
 
-
+# %% ../nbs/04_objective.ipynb #196c270a
 TIMESTEP_SAMPLERS = {"uniform": uniform_timesteps, "stratified": stratified_timesteps, "logit_normal": logit_normal_timesteps}
 
 

@@ -116,6 +116,7 @@ class DiffusionRecipe(Config):
 
     unet: str = "text-tiny"  # name in UNETS; channels and condition sizes are filled in from the rest
     conditioner: str = "text"  # none, class or text
+    pooled: bool = True  # add the condition's vector to the time embedding too, beside cross-attention (learns sooner)
     prediction: str = "v"  # eps, x0 or v
     weighting: str = "simple"  # see objective.loss_weights
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -160,10 +161,13 @@ def train_diffusion(data, first_stage: AutoencoderKL, recipe: str | DiffusionRec
     recipe = _named(recipe, DIFFUSIONS, "diffusion recipe").replace(**(recipe_options or {}))
     options = recipe.train.replace(**train_options)
     torch.manual_seed(options.seed)
-    conditioner = conditioner or default_conditioner(recipe.conditioner, data, UNETS[recipe.unet].context_dim)
+    conditioner = conditioner or default_conditioner(recipe.conditioner, data, UNETS[recipe.unet].context_dim, recipe.pooled)
     stage_hash = state_hash(first_stage)
     encode = functools.partial(_moments, first_stage.eval())
-    latents = cache_latents(encode, data, Path(out) / "latents", key=stage_hash, keys_to_keep=conditioner.keys, flips=options.flip)
+    cache = functools.partial(cache_latents, encode, folder=Path(out) / "latents", key=stage_hash, keys_to_keep=conditioner.keys,
+                              progress=progress)
+    latents = cache(data, flips=options.flip)
+    validation = cache(validation) if validation is not None else None
     ldm = _assemble(first_stage, conditioner, recipe, unet or {}, latents, data[0]["image"].shape[-1])
     task = DiffusionTask(ldm, recipe, stage_hash)
     result = train(task, latents, options, out, validation=validation, resume=resume, progress=progress, callbacks=callbacks)
@@ -180,7 +184,7 @@ def _moments(first_stage: AutoencoderKL, images: Tensor):
     return first_stage.encode(images.to(next(first_stage.parameters()).device))
 
 
-def default_conditioner(name: str, data, width: int | None):
+def default_conditioner(name: str, data, width: int | None, pooled: bool = False):
     """The recipe's conditioner, fitted to the data: class names from its folders, vocabulary from its captions."""
     check_choice("conditioner", name, ("none", "class", "text"))
     if name == "none":
@@ -189,12 +193,12 @@ def default_conditioner(name: str, data, width: int | None):
         names = tuple(getattr(data, "class_names", ()) or ())
         if not names:
             raise ValueError("data: got no class_names, expected a data set with classes (one folder per class)")
-        return ClassConditioner(ClassConfig(len(names), names, width=width))
+        return ClassConditioner(ClassConfig(len(names), names, width=width, pooled=pooled))
     tokenizer = train_tokenizer(all_captions(data))
     longest = max(len(tokenizer.encode(c)) for c in set(all_captions(data)))
     if longest > 77:
         raise ValueError(f"captions: got one of {longest} tokens, expected at most 77 (with the two marks of start and end)")
-    return TextConditioner(TextConfig(width=width, max_length=max(32, longest)), tokenizer)
+    return TextConditioner(TextConfig(width=width, max_length=max(32, longest), pooled=pooled), tokenizer)
 
 
 def all_captions(data) -> list[str]:

@@ -51,7 +51,7 @@ def betas_from_curve(curve: Callable[[Tensor], Tensor], T: int, max_beta: float 
     values = curve(torch.linspace(0, 1, T + 1, dtype=torch.float64))
     return (1 - values[1:] / values[:-1]).clamp(max=max_beta)
 
-
+# %% ../nbs/02_schedule.ipynb #2153a9d0
 def cosine_betas(T: int, offset: float = 0.008) -> Tensor:
     """alphas_cumprod falls as cos^2, (T,) float64; `offset` keeps the first betas from vanishing [iDDPM eq. 17]."""
     return betas_from_curve(lambda time: ((time + offset) / (1 + offset) * math.pi / 2).cos() ** 2, T)

@@ -1,6 +1,5 @@
 """ldm_edu.folders: every odd file handled or refused by name, the same order and batches every time."""
 import csv
-import gzip
 import json
 import os
 import pickle
@@ -260,6 +259,17 @@ def test_missing_file_and_empty_folder_are_refused(tmp_path):
         ImageFolder(tmp_path / "IMG_1.heic")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse names that are not Unicode")
+def test_names_that_are_not_unicode(tmp_path):
+    root = os.fsencode(tmp_path / "p")
+    os.mkdir(root)
+    save(tmp_path / "a.png")
+    os.rename(tmp_path / "a.png", root + b"/caf\xe9.png")
+    for _ in range(2):
+        data = ImageFolder(tmp_path / "p", 8, cache_dir=tmp_path / "run")
+        assert len(data) == 1 and len(data.fingerprint()) == 64 and data[0]["image"].shape == (3, 8, 8)
+
+
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="needs a user whom file permissions bind")
 def test_closed_folder_is_refused(tmp_path):
     save(tmp_path / "a" / "a.png", grey())
@@ -395,6 +405,15 @@ def test_broken_files_are_never_remembered_as_good(tmp_path):
             ImageFolder(root, cache_dir=cache)
     save(root / "b.png")
     assert len(ImageFolder(root, cache_dir=cache)) == 2
+
+
+def test_a_damaged_index_is_named(tmp_path):
+    save(tmp_path / "pictures" / "a.png")
+    ImageFolder(tmp_path / "pictures", cache_dir=tmp_path / "run")
+    index, = (tmp_path / "run").iterdir()
+    index.write_text("{")
+    with pytest.raises(ValueError, match=index.name):
+        ImageFolder(tmp_path / "pictures", cache_dir=tmp_path / "run")
 
 
 def test_two_folders_share_one_cache_dir(tmp_path):
@@ -665,7 +684,7 @@ def test_buckets(size, step, aspect):
     assert {(w, h) for h, w in buckets} == set(buckets)
     for h, w in buckets:
         assert h % step == w % step == 0 and max(h, w) <= aspect * min(h, w)
-        assert abs(h * w / size**2 - 1) <= step / 2 / max(h, w) * (1 + step / max(h, w)) + 1e-9 or abs(h * w / size**2 - 1) < 0.13
+        assert abs(h * w / size**2 - 1) <= 0.15
 
 
 @pytest.mark.parametrize("arguments", [(30, 8), (0, 8), (32, 0), (32, 8, 0.5)])
@@ -764,7 +783,9 @@ def test_cifar10(tmp_path, unchecked):
     assert batch["image"].shape == (8, 3, 16, 16) and batch["label"].dtype == torch.int64
     train, _ = train_validation_split(data, 0.2)
     assert isinstance(train, Part) and train.class_names == data.class_names
-    assert isinstance(data, Pictures) and data.sizes is None if hasattr(data, "sizes") else True
+    assert isinstance(data, Pictures)
+    with pytest.raises(ValueError, match="got Pictures"):
+        BucketedBatches(data, 2, [(8, 8)])
 
 
 def test_fashion_mnist(tmp_path):
@@ -774,7 +795,6 @@ def test_fashion_mnist(tmp_path):
     for kind in ("train", "t10k"):
         (raw / f"{kind}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, 3, 28, 28) + pixels.tobytes())
         (raw / f"{kind}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, 3) + bytes([9, 0, 5]))
-        gzip.compress(b"")
     data = from_torchvision("FashionMNIST", tmp_path, size=28)
     assert [item["label"] for item in data] == [9, 0, 5] and data.class_names[9] == "Ankle boot"
     torch.testing.assert_close(data[1]["image"], (torch.from_numpy(pixels[1]).float() / 127.5 - 1).expand(3, 28, 28))

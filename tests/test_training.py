@@ -32,6 +32,7 @@ from ldm_edu.checkpoint import (
     save_checkpoint,
     state_hash,
 )
+from ldm_edu.runs import collate_items, seed_globals, slice_batch
 from ldm_edu.training import (
     EMA,
     NonFiniteLoss,
@@ -41,11 +42,8 @@ from ldm_edu.training import (
     TrainingInterrupted,
     TrainingTask,
     batch_indices,
-    collate,
     ema_decay,
     learning_rate,
-    seed_globals,
-    slice_batch,
     train,
 )
 
@@ -227,7 +225,7 @@ def test_two_processes_equal_one_and_stop_together(tmp_path):
     one = go(tmp_path / "one", toy.CONFIG.replace(**options), validation=toy.Circle(20))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", toy.__file__,
                str(tmp_path / "two"), json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     stops = [int((tmp_path / "two" / f"stop{rank}").read_text()) for rank in range(2)]
     assert stops[0] == stops[1] and 8 < stops[0] < 11, stops
@@ -508,7 +506,7 @@ def training_file(path):
 
 def test_collate_and_slices():
     items = [{"a": torch.ones(2) * i, "b": i, "c": 0.5 * i, "d": f"{i}", "e": np.full(3, i), "f": (i, "x"), "g": True} for i in range(4)]
-    batch = collate(items)
+    batch = collate_items(items)
     assert batch["a"].shape == (4, 2) and batch["b"].tolist() == [0, 1, 2, 3] and batch["b"].dtype == torch.int64
     assert batch["c"].dtype == torch.float32 and batch["d"] == list("0123") and batch["e"].shape == (4, 3)
     assert batch["g"].dtype == torch.bool
