@@ -394,7 +394,7 @@ class LatentStatistics(Config):
 
 @torch.no_grad()
 def latent_statistics(model: AutoencoderKL, batches: Iterable) -> LatentStatistics:
-    """Statistics of `model.encode(x).sample()`, the sampling integrated, over batches of images (b, 3, h, w).
+    """Statistics of `model.encode(x).sample()`, exact in the sampling, over batches of images (b, 3, h, w).
 
     A batch may be a dict holding "image". Raises ValueError when `batches` is empty.
     """
@@ -402,9 +402,9 @@ def latent_statistics(model: AutoencoderKL, batches: Iterable) -> LatentStatisti
     for batch in batches:
         images = batch["image"] if isinstance(batch, dict) else batch
         posterior = model.encode(images.to(weight.device, weight.dtype))
-        mean, variance = posterior.mean.double(), posterior.logvar.double().exp()
+        mean, variance = posterior.mean.cpu().double(), posterior.logvar.cpu().double().exp()
         n, cells = n + len(images), torch.ones_like(mean)
-        sums = sums + reduce(torch.stack([cells, mean, mean**2, variance]), "s b z h w -> s z", "sum").cpu()
+        sums = sums + reduce(torch.stack([cells, mean, mean**2, variance]), "s b z h w -> s z", "sum")
     if n == 0:
         raise ValueError("batches: got no image, expected at least one batch")
     first, second, noise = sums[1:] / sums[0]

@@ -153,7 +153,7 @@ def prior_kl(x0: Tensor, schedule: NoiseSchedule) -> Tensor:
     squares = schedule.alphas_cumprod[-1].to(x0.device) * x0.to(torch.promote_types(x0.dtype, torch.float32)) ** 2
     return (squares + variance - 1 - variance.log()).flatten(1).sum(1) / 2
 
-
+# %% ../nbs/04_objective.ipynb #c5a959e8
 @torch.no_grad()
 def variational_bound(model: Callable, x0: Tensor, schedule: NoiseSchedule, prediction: str = "eps",
                       generator=None) -> Tensor:
@@ -191,7 +191,7 @@ def stratified_timesteps(b: int, T: int, generator=None) -> Tensor:
     start = torch.rand((), generator=generator, dtype=torch.float64)
     return (((start + torch.arange(b) / b) % 1) * T).long().clamp(max=T - 1)
 
-
+# %% ../nbs/04_objective.ipynb #d6deb6d5
 def logit_normal_timesteps(b: int, T: int, generator=None) -> Tensor:
     """Steps whose logit(t / T) is standard normal, the middle most often, (b,) int64 [Esser et al. 2024, eq. 19].
 

@@ -111,6 +111,30 @@ def test_config_round_trip(name):
         AutoencoderConfig.from_dict({**config.to_dict(), "embed_dim": 4})
 
 
+# ---- the start
+
+@pytest.mark.parametrize("mid_attention", [False, True])
+def test_starts_as_a_pyramid(mid_attention):
+    """Untrained, the decoder repeats each latent cell over its block, and the posterior's std is exp(-3)-like small."""
+    torch.manual_seed(0)
+    model = AutoencoderKL(SMALL.replace(mid_attention=mid_attention)).eval()
+    with torch.no_grad():
+        posterior = model.encode(images(2, 16, 16))
+        image = model.decode(posterior.mode())
+        blocks = F.interpolate(image[..., ::4, ::4], scale_factor=4.0, mode="nearest")
+    assert_close(image, blocks, atol=1e-5, rtol=1e-5)
+    assert posterior.std.mean() < 0.2 and image.std() < 1.0
+
+
+def test_start_follows_the_seed():
+    def start(seed):
+        torch.manual_seed(seed)
+        return AutoencoderKL(SMALL).state_dict()
+
+    a, b, c = start(1), start(1), start(2)
+    assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(a["encoder.conv_in.weight"], c["encoder.conv_in.weight"])
+
+
 # ---- parity with the reference
 
 @pytest.fixture(scope="module")

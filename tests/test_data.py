@@ -10,7 +10,14 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from ldm_edu import data as d
-from ldm_edu.captions import HELD_OUT_PAIRS, HELD_OUT_TABLES, is_held_out, parse_caption, relation_between, relation_codes
+from ldm_edu.captions import (
+    HELD_OUT_PAIRS,
+    HELD_OUT_TABLES,
+    is_held_out,
+    parse_caption,
+    relation_between,
+    relation_codes,
+)
 from ldm_edu.drawing import COLOURS, SHAPES, Layout, paint
 
 SPLITS = ("train", "validation", "test")

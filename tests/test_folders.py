@@ -208,6 +208,8 @@ def test_center_crop_takes_the_centre():
     image.paste((0, 255, 0), (100, 0, 200, 100))
     out = np.asarray(resize_image(image, (32, 32)))
     assert (out[:, 2:-2, 1] > 240).all()
+    tall = np.asarray(resize_image(image.transpose(Image.Transpose.ROTATE_90), (32, 32)))
+    assert (tall[2:-2, :, 1] > 240).all()
     squeezed = np.asarray(resize_image(image, (32, 32), "stretch"))
     assert squeezed[16, 2, 0] > 240 and squeezed[16, 16, 1] > 240 and squeezed[16, 29, 0] > 240
 

@@ -11,7 +11,19 @@ from torch.testing import assert_close
 
 from ldm_edu import samplers as lib
 from ldm_edu.core import make_generators
-from ldm_edu.samplers import SAMPLERS, SPACINGS, Denoiser, Prediction, ddim, ddpm, dpmpp_2m, sample, timesteps
+from ldm_edu.samplers import (
+    SAMPLERS,
+    SPACINGS,
+    Denoiser,
+    Prediction,
+    ddim,
+    ddpm,
+    dpmpp_2m,
+    half_log_snr,
+    log_snr_timesteps,
+    sample,
+    timesteps,
+)
 
 T = 1000
 
@@ -111,6 +123,36 @@ def check_timesteps(choose):
 
 def test_exactly_S_steps_for_every_S():
     check_timesteps(timesteps)
+
+
+@pytest.mark.parametrize("table", [SCHEDULE, ZERO_TERMINAL, schedule_of((torch.arange(T, 0, -1) / (T + 1)).square())],
+                         ids=["scaled_linear", "zero_terminal", "quadratic"])
+def test_log_snr_steps(table):
+    acp = table.alphas_cumprod.tolist()
+    for S in [*range(1, 60), *range(60, T, 37), T - 1, T]:
+        steps = log_snr_timesteps(S, acp)
+        assert len(steps) == S and all(type(t) is int for t in steps)
+        assert all(a > b for a, b in pairwise(steps)) and steps[-1] >= 0
+        assert steps[0] == T - 1 and (S == 1 or steps[-1] == 0)
+    widest = lambda steps: max(half_log_snr(acp[b]) - half_log_snr(acp[a]) for a, b in pairwise(steps) if acp[a] > 0)
+    assert widest(log_snr_timesteps(20, acp)) < 0.5 * widest(timesteps(20, T, "linspace"))
+    for S in (0, T + 1, 2.0):
+        with pytest.raises(ValueError, match="steps: got"):
+            log_snr_timesteps(S, acp)
+    assert log_snr_timesteps(1, [0.0]) == [0]
+
+
+def test_half_log_snr():
+    assert half_log_snr(0.5) == 0 and half_log_snr(1.0) == math.inf and half_log_snr(0.0) == -math.inf
+    assert half_log_snr(0.8) == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_log_snr_spacing_by_name(name):
+    asked = []
+    model = lambda x, t: asked.append(t[0].item()) or 0.9 * x
+    out = sample(Denoiser(model, ZERO_TERMINAL, "v"), (2, 1), 12, name, spacing="log_snr")
+    assert asked == log_snr_timesteps(12, ZERO_TERMINAL.alphas_cumprod.tolist()) and torch.isfinite(out).all()
 
 
 @pytest.mark.parametrize("S", [0, -1, T + 1, 2.0, "10", None, True])
