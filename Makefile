@@ -50,10 +50,11 @@ check: $(STAMP)  ## the fast gate: export in sync, orphans, ids, sizes, import D
 lint-lessons: $(STAMP)  ## the lessons' measures against the house style, as a table
 	@$(BIN)/python tests/lesson_measures.py
 
+# The lessons run at full length, so that what is checked is what the committed outputs show.
 # Every process of the tests refuses connections that leave the machine (tests/offline/sitecustomize.py).
 test: $(STAMP)  ## everything: the gate, all lessons, all tests, coverage; offline
 	@$(BIN)/ruff check ldm_edu tests setup.py
-	@PYTHONPATH="$(CURDIR)/tests/offline" HF_HUB_OFFLINE=1 LDM_EDU_PROFILE=ci OMP_NUM_THREADS=1 \
+	@PYTHONPATH="$(CURDIR)/tests/offline" HF_HUB_OFFLINE=1 LDM_EDU_PROFILE=cpu OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m pytest -n 2 --dist worksteal --cov=ldm_edu --cov-report=term --cov-fail-under=90 $(ARGS)
 
 weights: $(STAMP)  ## train the shipped models again (about an hour on two cores) into runs/weights

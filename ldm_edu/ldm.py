@@ -13,6 +13,7 @@ __all__ = ['LDMConfig', 'LatentSpace', 'latent_shape', 'ConditionalUNet', 'encod
 It trains nothing (see `recipes`) and knows no sampler's mathematics (see `samplers`).
 """
 import contextlib
+import importlib.resources
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -211,7 +212,7 @@ def save(model: LatentDiffusion | AutoencoderKL, folder: str | Path, card: dict 
     folder = Path(folder)
     if (folder / "config.json").exists() and not overwrite:
         raise ValueError(f"{folder} holds a model already: choose another folder, or pass overwrite=True")
-    kind = "latent-diffusion" if isinstance(model, LatentDiffusion) else "first-stage"
+    kind = "latent-diffusion" if hasattr(model, "first_stage") else "first-stage"
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     if dtype is not None:
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
@@ -225,7 +226,7 @@ def save(model: LatentDiffusion | AutoencoderKL, folder: str | Path, card: dict 
 # %% ../nbs/14_ldm.ipynb #54045af1
 def pretrained_folders() -> list[Path]:
     """Where shipped models may lie: inside an installed package, or in the checkout's data folder."""
-    here = Path(__file__).resolve().parent
+    here = Path(str(importlib.resources.files("ldm_edu")))
     return [p for p in (here / "pretrained", here.parent / "data" / "pretrained") if p.is_dir()]
 
 

@@ -255,9 +255,9 @@ _SMALL = TrainConfig(batch_size=32, lr=2e-3, weight_decay=1e-4, warmup_steps=100
 _TINY_STAGE = AutoencoderConfig(4, 16, (1, 2, 4), 1, mid_attention=False, num_groups=2, pixel_loss="l2", kl_weight=1e-6)
 
 FIRST_STAGES = {
-    "kl-f4-tiny": FirstStageRecipe(_TINY_STAGE, _SMALL.replace(steps=12_000, batch_size=16, lr=4e-3, ema_decay=0.999, save_every=500, log_every=50)),
+    "kl-f4-tiny": FirstStageRecipe(_TINY_STAGE, _SMALL.replace(steps=12_000, batch_size=16, warmup_steps=1800, ema_decay=0.999, save_every=500, log_every=50)),
     # ten times shorter, and smoother latents: a short diffusion training needs latents that are easy to predict
-    "kl-f4-demo": FirstStageRecipe(_TINY_STAGE.replace(kl_weight=3e-4), _SMALL.replace(steps=1200, batch_size=16, lr=4e-3)),
+    "kl-f4-demo": FirstStageRecipe(_TINY_STAGE.replace(kl_weight=3e-4), _SMALL.replace(steps=1200, batch_size=16, warmup_steps=180)),
 }
 
 _LATENT_UNET = _SMALL.replace(steps=14_000, lr=1.5e-3, warmup_steps=200, ema_decay=0.9995, validate_every=500, save_every=500, log_every=100)

@@ -159,7 +159,7 @@ def test_doc_stems_are_unique():
 def test_lesson_measures(path):
     """The house style's measures, with a little room: a page may be better for breaking one."""
     m = lm.measure(path)
-    assert m["cells"] <= 125 and m["mean"] <= 14 and m["p90"] <= 28 and m["max"] <= 42 and m["run"] <= 4, m
+    assert m["cells"] <= 130 and m["mean"] <= 14 and m["p90"] <= 28 and m["max"] <= 42 and m["run"] <= 4, m
     assert m["words/line"] >= 2.5 and m["shown %"] >= 35 and m["tests %"] >= 15, m
     assert m["figures"] >= 5 and m["exercises"] >= 2, m
 

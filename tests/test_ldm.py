@@ -26,7 +26,7 @@ def tiny(conditioner=None, **options):
     config = L.LDMConfig(STAGE, unet, conditioner.to_dict(), ScheduleConfig(T=100), image_size=16, **options)
     model = L.build(config).eval()
     for p in model.net.parameters():  # the zero-initialised layers too, so that conditions show
-        torch.nn.init.normal_(p, std=0.1)
+        torch.nn.init.normal_(p, std=0.3)
     return model
 
 
