@@ -33,7 +33,7 @@ $(STAMP): settings.ini setup.py constraints.txt
 	touch $(STAMP)
 
 # ------------------------------------------------------------------------------------------------ use
-demo: $(STAMP)  ## train a text-to-image model from nothing in ten minutes; report in runs/demo
+demo: $(STAMP)  ## train a text-to-image model from nothing; report in runs/demo
 	@$(BIN)/ldm-edu demo --out $(OUT)
 
 lab: $(STAMP)  ## open the lessons in JupyterLab
