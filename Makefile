@@ -58,8 +58,8 @@ test: $(STAMP)  ## everything: the gate, all lessons, all tests, coverage; offli
 	  $(BIN)/python -m pytest -n 2 --dist worksteal --cov=ldm_edu --cov-report=term --cov-fail-under=90 $(ARGS)
 
 weights: $(STAMP)  ## train the shipped models again (about an hour on two cores) into runs/weights
-	@$(BIN)/ldm-edu train-autoencoder --recipe kl-f4-tiny --precision bf16 --out runs/weights/scenes-kl-f4
-	@$(BIN)/ldm-edu train --recipe text-tiny --items 30000 --precision bf16 --first-stage runs/weights/scenes-kl-f4 --out runs/weights/scenes-text
+	@$(BIN)/ldm-edu train-autoencoder --recipe kl-f4-tiny --out runs/weights/scenes-kl-f4
+	@$(BIN)/ldm-edu train --recipe text-tiny --items 30000 --first-stage runs/weights/scenes-kl-f4 --out runs/weights/scenes-text
 
 clean-runs:  ## delete runs/
 	@rm -rf runs

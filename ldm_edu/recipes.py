@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIRST_STAGES', 'DIFFUSIONS', 'FirstStageTask', 'DiffusionTask', 'FirstStageRecipe', 'DiffusionRecipe',
-           'train_autoencoder', 'train_diffusion', 'default_conditioner', 'all_captions', 'latent_scale', 'run_card',
-           'write_picture', 'machine']
+           'train_autoencoder', 'train_diffusion', 'default_conditioner', 'all_captions', 'latent_scale',
+           'describe_data', 'run_card', 'write_picture', 'code_version', 'machine']
 
 # %% ../nbs/91_recipes.ipynb #56d461c4
 """Named recipes and the two calls that train them: `train_autoencoder` and `train_diffusion`.
@@ -13,9 +13,11 @@ __all__ = ['FIRST_STAGES', 'DIFFUSIONS', 'FirstStageTask', 'DiffusionTask', 'Fir
 A task says what one training step computes; the loop itself is `training.train`.
 """
 import datetime
-import os
 import functools
+import importlib.metadata
+import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,8 +40,8 @@ from .viz import png_bytes, to_grid
 class FirstStageTask(TrainingTask):
     """Train a KL first stage: encode, sample the posterior, decode, compare."""
 
-    def __init__(self, model: AutoencoderKL, size: int):
-        self.model, self.size = model, size  # size in pixels
+    def __init__(self, model: AutoencoderKL, size: int, data: str = ""):
+        self.model, self.size, self.data = model, size, data  # size in pixels; data: what the card says of them
 
     def loss(self, model: nn.Module, batch: Mapping, rng) -> tuple[Tensor, dict]:
         """Per-sample loss (b,) and logs of one step."""
@@ -60,14 +62,14 @@ class FirstStageTask(TrainingTask):
         """Write the finished first stage."""
         model = AutoencoderKL(self.model.config)
         model.load_state_dict(state_dict)
-        save(model, folder, card=run_card("first stage", info), overwrite=True)
+        save(model, folder, card=run_card("first stage", self.data, info), overwrite=True)
 
 
 class DiffusionTask(TrainingTask):
     """Train the conditioned UNet on the cached latents of a frozen first stage [Rombach et al. 2022, eq. 3]."""
 
-    def __init__(self, ldm: LatentDiffusion, recipe: "DiffusionRecipe", stage_hash: str):
-        self.ldm, self.model, self.recipe, self.stage_hash = ldm, ldm.net, recipe, stage_hash
+    def __init__(self, ldm: LatentDiffusion, recipe: "DiffusionRecipe", stage_hash: str, data: str = ""):
+        self.ldm, self.model, self.recipe, self.stage_hash, self.data = ldm, ldm.net, recipe, stage_hash, data
 
     def loss(self, model: nn.Module, batch: Mapping, rng) -> tuple[Tensor, dict]:
         """Per-sample loss (b,): noise the latents at random steps, drop some conditions, predict."""
@@ -94,7 +96,7 @@ class DiffusionTask(TrainingTask):
         ldm = build(self.ldm.config)
         ldm.first_stage.load_state_dict(self.ldm.first_stage.state_dict())
         ldm.net.load_state_dict(state_dict)
-        save(ldm, folder, card=run_card("latent diffusion model", info), overwrite=True)
+        save(ldm, folder, card=run_card("latent diffusion model", self.data, info), overwrite=True)
 
     def describe(self) -> dict:
         """What this run is, for resuming only into the same."""
@@ -139,7 +141,7 @@ def train_autoencoder(data, recipe: str | FirstStageRecipe = "kl-f4-tiny", out: 
     config, options = recipe.model.replace(**(model or {})), recipe.train.replace(**train_options)
     torch.manual_seed(options.seed)
     size = data[0]["image"].shape[-1]
-    task = FirstStageTask(AutoencoderKL(config), size)
+    task = FirstStageTask(AutoencoderKL(config), size, describe_data(data))
     if size % config.downsample_factor:
         raise ValueError(f"data: got images of {size} pixels, expected a multiple of f = {config.downsample_factor}")
     result = train(task, data, options, out, validation=validation, resume=resume, progress=progress, callbacks=callbacks)
@@ -169,7 +171,7 @@ def train_diffusion(data, first_stage: AutoencoderKL, recipe: str | DiffusionRec
     latents = cache(data, flips=options.flip)
     validation = cache(validation) if validation is not None else None
     ldm = _assemble(first_stage, conditioner, recipe, unet or {}, latents, data[0]["image"].shape[-1])
-    task = DiffusionTask(ldm, recipe, stage_hash)
+    task = DiffusionTask(ldm, recipe, stage_hash, describe_data(data))
     result = train(task, latents, options, out, validation=validation, resume=resume, progress=progress, callbacks=callbacks)
     ldm.net.load_state_dict(result.ema.state_dict())
     return ldm.eval()
@@ -227,9 +229,15 @@ def _assemble(first_stage, conditioner, recipe: DiffusionRecipe, changes: dict, 
     return LatentDiffusion(config, first_stage, ConditionalUNet(UNet(unet), conditioner))
 
 
-def run_card(what: str, info: Mapping) -> dict:
-    """How a model came to be, for its card."""
-    return {"model": what, "steps": info["step"], "batch_size": info["config"]["batch_size"], "seed": info["config"]["seed"],
+def describe_data(data) -> str:
+    """A data set in one line: its kind, its size and its fingerprint."""
+    mark = data.fingerprint() if hasattr(data, "fingerprint") else "no fingerprint"
+    return f"{type(data).__name__}, {len(data)} items, {mark}"
+
+
+def run_card(what: str, data: str, info: Mapping) -> dict:
+    """How a model came to be, for its card: `data` in a line, the rest from the trainer's `info`."""
+    return {"model": what, "data": data, "commit": code_version(), "steps": info["step"], "batch_size": info["config"]["batch_size"], "seed": info["config"]["seed"],
             "minutes": round(info["seconds"] / 60, 1), "hardware": machine(), "torch": torch.__version__,
             "date": datetime.date.today().isoformat(), "train": info["config"]}
 
@@ -238,6 +246,20 @@ def write_picture(path: Path, images: Tensor, columns: int = 8) -> None:
     """Write images (b, 3, h, w) as one PNG grid, small ones enlarged."""
     grid = to_grid(images, columns)
     path.write_bytes(png_bytes(grid, size=grid.shape[1] * max(1, 96 // images.shape[-1])))
+
+
+def code_version() -> str:
+    """Version of the library and, in a checkout, its commit, with "+" behind it where files differ from it."""
+    version = importlib.metadata.version("ldm_edu")
+    git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
+    try:
+        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+        if "ldm_edu/recipes.py" not in run([*git, "ls-files"]).stdout:
+            return version  # installed inside somebody else's checkout
+        commit, changed = run([*git, "rev-parse", "--short=12", "HEAD"]).stdout.strip(), run([*git, "status", "--porcelain"]).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return version
+    return f"{version} {commit}{'+' if changed else ''}"
 
 
 def machine() -> str:
@@ -252,12 +274,11 @@ def machine() -> str:
 
 # %% ../nbs/91_recipes.ipynb #604bb9e4
 _SMALL = TrainConfig(batch_size=32, lr=2e-3, weight_decay=1e-4, warmup_steps=100, final_lr_fraction=0.0, ema_decay=0.99)
-_TINY_STAGE = AutoencoderConfig(4, 16, (1, 2, 4), 1, mid_attention=False, num_groups=2, pixel_loss="l2", kl_weight=1e-6)
+_TINY_STAGE = AutoencoderConfig(4, 16, (1, 2, 4), 1, mid_attention=False, num_groups=2, pixel_loss="l2", kl_weight=1e-3)
 
 FIRST_STAGES = {
-    "kl-f4-tiny": FirstStageRecipe(_TINY_STAGE, _SMALL.replace(steps=12_000, batch_size=16, warmup_steps=1800, ema_decay=0.999, save_every=500, log_every=50)),
-    # ten times shorter, and smoother latents: a short diffusion training needs latents that are easy to predict
-    "kl-f4-demo": FirstStageRecipe(_TINY_STAGE.replace(kl_weight=3e-4), _SMALL.replace(steps=1200, batch_size=16, warmup_steps=180)),
+    "kl-f4-tiny": FirstStageRecipe(_TINY_STAGE, _SMALL.replace(steps=6000, batch_size=16, warmup_steps=900, ema_decay=0.999, precision="auto", log_every=50)),
+    "kl-f4-demo": FirstStageRecipe(_TINY_STAGE, _SMALL.replace(steps=1200, batch_size=16, warmup_steps=180, precision="auto")),
 }
 
 _LATENT_UNET = _SMALL.replace(steps=14_000, lr=1.5e-3, warmup_steps=200, ema_decay=0.9995, validate_every=500, save_every=500, log_every=100)

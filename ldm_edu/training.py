@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHANGEABLE', 'RowRandom', 'epoch_order', 'batch_indices', 'TrainingTask', 'TrainConfig', 'learning_rate', 'ema_decay',
            'EMA', 'make_optimizer', 'simple_loop', 'StepBatches', 'step_loader', 'Run', 'train_step', 'apply_step',
-           'save', 'restore', 'make_accelerator', 'run_identity', 'start_run', 'report_step', 'evaluate', 'export',
-           'run_steps', 'train']
+           'save', 'restore', 'choose_precision', 'make_accelerator', 'run_identity', 'start_run', 'report_step',
+           'evaluate', 'export', 'run_steps', 'train']
 
 # %% ../nbs/08_training.ipynb #252401ac
 """The training loop of both stages: one task, one data set, one config, any number of processes, resumable at any moment.
@@ -149,7 +149,7 @@ class TrainConfig(Config):
     final_lr_fraction: float = 0.1  # learning rate of the last step, in units of lr (cosine)
     grad_clip: float = 1.0  # largest norm of the whole gradient; 0 = do not clip
     accumulation: int = 1  # micro-batches that each process cuts its rows into, to save memory
-    precision: str = "fp32"  # "fp32", "bf16" or "fp16" inside the network; weights and losses stay float32
+    precision: str = "fp32"  # "fp32", "bf16", "fp16" inside the network, or "auto"; weights and losses stay float32
     ema_decay: float = 0.999  # weight of the old average at each step; 0 = the average is the last weights
     ema_warmup: bool = True  # use min(ema_decay, (1 + n) / (10 + n)) at step n
     seed: int = 0  # of data order, noise, time steps, dropout
@@ -165,7 +165,7 @@ class TrainConfig(Config):
 
     def __post_init__(self):
         check_choice("lr_schedule", self.lr_schedule, ("cosine", "constant"))
-        check_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
+        check_choice("precision", self.precision, ("fp32", "bf16", "fp16", "auto"))
         _check_at_least(self, 1, "steps batch_size accumulation keep")
         _check_at_least(self, 0, "warmup_steps grad_clip weight_decay workers log_every validate_every sample_every save_every")
         _check_at_least(self, 0, "ema_decay final_lr_fraction lr")
@@ -386,6 +386,18 @@ CHANGEABLE = ("steps", "accumulation", "log_every", "validate_every", "sample_ev
               "tensorboard", "compile")
 
 
+def choose_precision(name: str, device: torch.device | None = None) -> str:
+    """"auto" as what is fast on this machine: bf16 where the processor or the accelerator multiplies in it, else fp32."""
+    device = device or default_device()
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    info = Path("/proc/cpuinfo")
+    words = set(info.read_text().split()) if device.type == "cpu" and info.exists() else set()
+    return "bf16" if words & {"amx_bf16", "avx512_bf16"} else "fp32"
+
+
 def make_accelerator(config: TrainConfig, find_unused_parameters: bool = False) -> Accelerator:
     """An Accelerator for this config: precision, device and processes as `torchrun` or `accelerate launch` set them."""
     if config.precision == "fp16" and default_device().type == "cpu":
@@ -510,7 +522,7 @@ def train(task: TrainingTask, dataset, config: TrainConfig, out: str | Path, *, 
     Raises ValueError for a folder with another run, CheckpointError where no checkpoint is whole, NonFiniteLoss,
     OutOfMemory, and TrainingInterrupted after SIGINT or SIGTERM.
     """
-    out = Path(out)
+    out, config = Path(out), config.replace(precision=choose_precision(config.precision))
     with kept_globals(), StopSignals() as signals:
         run = start_run(task, dataset, config, out, validation, resume)
         log = RunLog(out, run.step, config.tensorboard) if run.accelerator.is_main_process else None
