@@ -281,11 +281,12 @@ FIRST_STAGES = {
     "kl-f4-demo": FirstStageRecipe(_TINY_STAGE, _SMALL.replace(steps=1200, batch_size=16, warmup_steps=180, precision="auto")),
 }
 
-_LATENT_UNET = _SMALL.replace(steps=14_000, lr=1.5e-3, warmup_steps=200, ema_decay=0.9995, validate_every=500, save_every=500, log_every=100)
+_LATENT_UNET = _SMALL.replace(steps=13_000, batch_size=64, lr=1e-3, warmup_steps=300, ema_decay=0.999, precision="auto", validate_every=500,
+                              save_every=500, log_every=100)
 
 DIFFUSIONS = {
     "text-tiny": DiffusionRecipe("text-tiny", "text", train=_LATENT_UNET),
-    "text-demo": DiffusionRecipe("text-tiny", "text", train=_SMALL.replace(steps=2_000, lr=2e-3, ema_decay=0.995)),
+    "text-demo": DiffusionRecipe("text-tiny", "text", train=_SMALL.replace(steps=3_600, lr=8e-4, ema_decay=0.995, precision="auto")),
     "class-tiny": DiffusionRecipe("text-tiny", "class", train=_LATENT_UNET),
     "unconditional-tiny": DiffusionRecipe("tiny", "none", guidance_scale=1.0, train=_LATENT_UNET),
 }

@@ -1,8 +1,10 @@
 """The command line and the two training calls, end to end on tiny runs: files, resuming, exit codes, messages."""
 import hashlib
+import importlib.metadata
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -41,9 +43,28 @@ def test_trained_models_load_and_say_how_they_came_to_be(runs):
     assert load_first_stage(runs / "ae").card["steps"] == 3
     model = load(runs / "text")
     assert model.card["train"]["batch_size"] == 4 and model.config.image_size == 16
+    assert model.card["data"].startswith("Scenes, 32 items, scenes-16x16-n32-train") and model.card["commit"]
     assert list((runs / "ae" / "samples").glob("*.png")) and list((runs / "text" / "samples").glob("*.png"))
     images = model.sample(["a red circle"], steps=2)
     assert images.shape == (1, 3, 16, 16)
+
+
+def test_code_version_names_the_commit_of_a_checkout_only(tmp_path, monkeypatch):
+    module = tmp_path / "ldm_edu" / "recipes.py"
+    module.parent.mkdir()
+    module.touch()
+    monkeypatch.setattr(recipes, "__file__", str(module))
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    version = importlib.metadata.version("ldm_edu")
+    assert recipes.code_version() == version
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-qm", "empty", "--allow-empty"], check=True)
+    assert recipes.code_version() == version, "somebody else's checkout"
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "all"], check=True)
+    assert re.fullmatch(rf"{re.escape(version)} [0-9a-f]{{12}}", recipes.code_version())
+    module.write_text("changed")
+    assert recipes.code_version().endswith("+")
 
 
 def test_latents_have_unit_variance_after_scaling(runs):

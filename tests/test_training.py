@@ -196,6 +196,14 @@ def test_bf16_trains_float32_weights_and_leaves_the_model_clean(tmp_path):
     assert result.step == 12
 
 
+@pytest.mark.parametrize("flags, expected", [("fpu avx512_bf16 sse", "bf16"), ("fpu amx_bf16", "bf16"), ("fpu avx512f", "fp32")])
+def test_auto_precision_follows_the_processor(flags, expected, monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    monkeypatch.setattr(Path, "read_text", lambda self: f"model name : any\nflags : {flags}\n")
+    assert training.choose_precision("auto", torch.device("cpu")) == expected
+    assert training.choose_precision("fp32", torch.device("cpu")) == "fp32"
+
+
 def test_fp16_needs_a_gpu(tmp_path):
     with pytest.raises(ValueError, match="precision: got 'fp16' on a CPU"):
         go(tmp_path, QUICK.replace(precision="fp16"))
