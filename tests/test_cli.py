@@ -49,6 +49,19 @@ def test_trained_models_load_and_say_how_they_came_to_be(runs):
     assert images.shape == (1, 3, 16, 16)
 
 
+def test_pack_copies_in_half_precision_and_measures_the_copy(runs, tmp_path, capsys):
+    out = tmp_path / "packed"
+    args = ["pack", "--model", str(runs / "text"), "--out", str(out), "--measures.size", "16", "--measures.prompts", "2",
+            "--measures.steps", "1"]
+    assert cli.main(args) == 0 and cli.main(args) == 2, "never over another model"
+    assert str(out) in capsys.readouterr().err
+    assert (out / "model.safetensors").stat().st_size < 0.6 * (runs / "text" / "model" / "model.safetensors").stat().st_size
+    card = load(out).card
+    assert card["steps"] == 3 and card["measured"]["single"]["n"] == 2 and card["measured"]["reconstruction"]["psnr"] > 0
+    assert cli.main(["pack", "--model", str(runs / "ae"), "--out", str(tmp_path / "ae"), "--measures.size", "16"]) == 0
+    assert load_first_stage(tmp_path / "ae").card["measured"]["data"].startswith("Scenes, 256 items")
+
+
 def test_code_version_names_the_commit_of_a_checkout_only(tmp_path, monkeypatch):
     module = tmp_path / "ldm_edu" / "recipes.py"
     module.parent.mkdir()
