@@ -281,7 +281,7 @@ FIRST_STAGES = {
     "kl-f4-demo": FirstStageRecipe(_TINY_STAGE, _SMALL.replace(steps=1200, batch_size=16, warmup_steps=180, precision="auto")),
 }
 
-_LATENT_UNET = _SMALL.replace(steps=13_000, batch_size=64, lr=1e-3, warmup_steps=300, ema_decay=0.999, precision="auto", validate_every=500,
+_LATENT_UNET = _SMALL.replace(steps=11_000, batch_size=64, lr=1e-3, warmup_steps=300, ema_decay=0.999, precision="auto", validate_every=500,
                               save_every=500, log_every=100)
 
 DIFFUSIONS = {
