@@ -41,7 +41,7 @@ lab: $(STAMP)  ## open the lessons in JupyterLab
 
 # ------------------------------------------------------------------------------------------------ maintain
 export: $(STAMP)  ## rebuild ldm_edu/ from the notebooks
-	@rm -f $$(ls ldm_edu/*.py | grep -v __init__) && $(BIN)/nbdev_export
+	@rm -f $$(ls ldm_edu/*.py | grep -v '__init__\|__main__') && $(BIN)/nbdev_export
 
 check: $(STAMP)  ## the fast gate: export in sync, orphans, ids, sizes, import DAG, ruff, forbidden flags
 	@$(BIN)/ruff check ldm_edu tests setup.py

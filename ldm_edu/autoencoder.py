@@ -350,8 +350,8 @@ AUTOENCODERS: dict[str, AutoencoderConfig] = {
     "kl-f16": AutoencoderConfig(16, 128, (1, 1, 2, 2, 4), attention_levels=(16,), kl_weight=1e-6 * 16 / 768),
     "kl-f32": AutoencoderConfig(64, 128, (1, 1, 2, 2, 4, 4), attention_levels=(16, 32), kl_weight=1e-6 * 64 / 3072),
     # class-room sizes, chosen by trials on Scenes
-    "kl-f4-tiny": AutoencoderConfig(4, 16, (1, 2, 4), 1, (), False, num_groups=2, pixel_loss="l2", kl_weight=1e-6),
-    "kl-f4-small": AutoencoderConfig(4, 32, (1, 2, 4), 1, num_groups=4, pixel_loss="l2", kl_weight=1e-6),
+    "kl-f4-tiny": AutoencoderConfig(4, 16, (1, 2, 4), 1, (), False, num_groups=2, pixel_loss="l2", kl_weight=1e-3),
+    "kl-f4-small": AutoencoderConfig(4, 32, (1, 2, 4), 1, num_groups=4, pixel_loss="l2", kl_weight=1e-3),
 }
 
 # %% ../nbs/10_kl_first_stage.ipynb #7e43fbdf

@@ -231,7 +231,7 @@ def _defaults(args: list[str]) -> dict:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command that the arguments name; returns (and, as a script, exits with) the code described above."""
+    """Run the command that the arguments name; returns the exit code: 0 done, 2 a wrong request, 1 a failed run, 130 or 143 stopped by a signal."""
     args = sys.argv[1:] if args is None else list(args)
     try:
         return _parse(args).run()

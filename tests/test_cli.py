@@ -49,6 +49,12 @@ def test_trained_models_load_and_say_how_they_came_to_be(runs):
     assert images.shape == (1, 3, 16, 16)
 
 
+def test_the_module_is_the_command_for_torchrun():
+    done = subprocess.run([sys.executable, "-m", "ldm_edu", "sample", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--guidance-scale" in done.stdout
+    assert subprocess.run([sys.executable, "-m", "ldm_edu", "sample", "--model", "nothing"], capture_output=True).returncode == 2
+
+
 def test_pack_copies_in_half_precision_and_measures_the_copy(runs, tmp_path, capsys):
     out = tmp_path / "packed"
     args = ["pack", "--model", str(runs / "text"), "--out", str(out), "--measures.size", "16", "--measures.prompts", "2",

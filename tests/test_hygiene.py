@@ -27,7 +27,7 @@ NOTEBOOKS = lm.LESSONS + lm.SUPPORT
 
 def modules() -> list:
     """The library's modules."""
-    return sorted(p for p in LIBRARY.glob("*.py") if p.stem not in ("__init__", "_modidx"))
+    return sorted(p for p in LIBRARY.glob("*.py") if p.stem not in ("__init__", "__main__", "_modidx"))
 
 
 def imports_of(path) -> set[str]:
@@ -103,7 +103,7 @@ def test_library_is_what_the_notebooks_export(tmp_path):
     for name in ("settings.ini", "pyproject.toml"):
         shutil.copy(ROOT / name, copy / name)
     for path in (copy / "ldm_edu").glob("*.py"):
-        if path.name != "__init__.py":
+        if path.name not in ("__init__.py", "__main__.py"):
             path.unlink()
     subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=copy, check=True, capture_output=True)
     got = {p.name: p.read_text(encoding="utf-8") for p in LIBRARY.glob("*.py")}
