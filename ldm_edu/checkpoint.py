@@ -12,6 +12,7 @@ __all__ = ['CHECKPOINT_FORMAT', 'PROGRESS_SECONDS', 'fsync', 'commit_folder', 'C
 
 It knows no optimiser and no loop: a state goes in and comes out as named tensors and JSON.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -43,9 +44,10 @@ def fsync(path: str | os.PathLike) -> None:
 
 
 def commit_folder(part: Path, final: Path) -> Path:
-    """Turn the finished folder `part` into `final` in one rename; a former `final` is replaced.
+    """Turn the finished folder `part` into `final`; a former `final` is moved aside first: whole or absent, never half.
 
-    Every file is on the disk before the name is: the name promises the content, also after a power cut.
+    A kill between the two renames leaves only `.old-NAME-PID`, which `_put_back` gives its name again. Every file is on
+    the disk before the name is: the name promises the content, also after a power cut.
     """
     for path in [*part.rglob("*"), part]:
         fsync(path)
@@ -56,6 +58,15 @@ def commit_folder(part: Path, final: Path) -> Path:
     fsync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
     return final
+
+# %% ../nbs/08b_checkpoints.ipynb #5a589dd6
+def _put_back(root: str | os.PathLike) -> None:
+    """Give folders that a kill in `commit_folder` left moved aside their name again, where nothing bears it."""
+    for old in Path(root).glob(".old-*-*"):
+        final = old.with_name(old.name.removeprefix(".old-").rsplit("-", 1)[0])
+        if not final.exists():
+            with contextlib.suppress(OSError):  # another process was faster, or the folder cannot be written
+                os.replace(old, final)
 
 # %% ../nbs/08b_checkpoints.ipynb #0aba5c42
 class CheckpointError(RuntimeError):
@@ -144,6 +155,7 @@ def newest_checkpoint(root: str | os.PathLike) -> Path | None:
 
     A damaged one is named in a warning and the one before it is taken. Raises CheckpointError when all are damaged.
     """
+    _put_back(root)
     faults = []
     for _, folder in reversed(list_checkpoints(root)):
         try:
@@ -159,10 +171,11 @@ def newest_checkpoint(root: str | os.PathLike) -> Path | None:
 # %% ../nbs/08b_checkpoints.ipynb #e15d194c
 def rotate_checkpoints(root: str | os.PathLike, keep: int, step: int) -> None:
     """Delete all but the `keep` newest checkpoints of those up to `step`, and what killed runs left half-written."""
-    for _, folder in [c for c in list_checkpoints(root) if c[0] <= step][:-keep]:
-        shutil.rmtree(folder)
+    _put_back(root)
     for leftover in [*Path(root).glob(".part-*"), *Path(root).glob(".old-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
+    for _, folder in [c for c in list_checkpoints(root) if c[0] <= step][:-keep]:
+        shutil.rmtree(folder)
 
 # %% ../nbs/08b_checkpoints.ipynb #51e9c18f
 def state_hash(weights: nn.Module | Mapping[str, Tensor]) -> str:

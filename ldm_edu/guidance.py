@@ -26,7 +26,7 @@ def guide(
     e_c: Tensor,  # (b, ...) prediction with the condition, of the same kind
     scale: float | Tensor,  # guidance_scale: 0 unconditional, 1 conditional (off), above 1 beyond it
 ) -> Tensor:
-    """Walk from the unconditional prediction towards the conditional one, and past it [Ho & Salimans 2022, eq. 6]."""
+    """Walk from the unconditional prediction towards the conditional one, and past it [Ho & Salimans 2022, eq. 6, s = w + 1]."""
     return e_u + scale * (e_c - e_u)
 
 # %% ../nbs/15_guidance.ipynb #404bae6a

@@ -143,9 +143,9 @@ def diffusion_loss(model: Callable, x0: Tensor, schedule: NoiseSchedule, t: Tens
     error = error.mean(1) if reduction == "mean" else error.sum(1)
     return error * weights_at(weighting, prediction, schedule, t, gamma).to(error)
 
-# %% ../nbs/04_objective.ipynb #0c461fb1
+# %% ../nbs/04_objective.ipynb #65708ede
 def prior_kl(x0: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """KL(q(x_T | x0) || N(0, I)) in nats for each sample, (b,): what the last step still knows [DDPM eq. 5, L_T].
+    """KL(q(x_{T-1} | x0) || N(0, I)) in nats for each sample, (b,): what the last step still knows [DDPM eq. 5, L_T].
 
     It is 0 where the terminal SNR is 0.
     """
