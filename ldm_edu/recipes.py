@@ -286,7 +286,7 @@ _LATENT_UNET = _SMALL.replace(steps=11_000, batch_size=64, lr=1e-3, warmup_steps
 
 DIFFUSIONS = {
     "text-tiny": DiffusionRecipe("text-tiny", "text", train=_LATENT_UNET),
-    "text-demo": DiffusionRecipe("text-tiny", "text", train=_SMALL.replace(steps=3_600, lr=8e-4, ema_decay=0.995, precision="auto")),
+    "text-demo": DiffusionRecipe("text-tiny", "text", train=_SMALL.replace(steps=2_400, lr=1e-3, ema_decay=0.995, precision="auto")),
     "class-tiny": DiffusionRecipe("text-tiny", "class", train=_LATENT_UNET),
     "unconditional-tiny": DiffusionRecipe("tiny", "none", guidance_scale=1.0, train=_LATENT_UNET),
 }
