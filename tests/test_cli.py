@@ -167,10 +167,10 @@ def test_class_model_of_real_pictures_survives_kill_9(cifar_folder, tmp_path):
     stage = tmp_path / "ae"
     base = [sys.executable, "-c", "import sys; from ldm_edu.cli import main; sys.exit(main())"]
     data = ["--data", str(cifar_folder), "--size", "16"]
-    ae = [*base, "train-autoencoder", *data, "--steps", "4", "--out", str(stage), "--model.model-channels", "8", "--model.num-groups", "4"]
+    ae = [*base, "train-autoencoder", *data, "--steps", "4", "--precision", "fp32", "--out", str(stage), "--model.model-channels", "8", "--model.num-groups", "4"]
     subprocess.run(ae, check=True, capture_output=True)
     train = [*base, "train", *data, "--first-stage", str(stage), "--recipe", "class-tiny", "--steps", "24", "--batch-size", "8",
-             "--save-every", "3"]
+             "--save-every", "3", "--precision", "fp32"]
     subprocess.run([*train, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
     seconds, kills = random.Random(0), 0
     while kills < 3:

@@ -140,11 +140,11 @@ def test_notebook_is_well_formed(path):
 
 def test_no_machine_paths_in_tracked_files():
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    pattern = re.compile(r"/home/\w+|/root/|/Users/\w+|/tmp/(?!$)\w+_|C:\\\\Users")
+    pattern = re.compile(r"/(?:home|Users)/\w+|/(?:root)/|/(?:tmp)/(?!$)\w+_|C:\\\\Users")
     bad = []
     for name in files:
         path = ROOT / name
-        if path.suffix in (".safetensors", ".png") or not path.is_file() or path == ROOT / "tests" / "test_hygiene.py":
+        if path.suffix in (".safetensors", ".png") or not path.is_file():
             continue
         bad += [f"{name}: {m.group(0)}" for m in pattern.finditer(path.read_text(encoding="utf-8", errors="ignore"))][:1]
     assert not bad
@@ -159,7 +159,7 @@ def test_doc_stems_are_unique():
 def test_lesson_measures(path):
     """The house style's measures, with a little room: a page may be better for breaking one."""
     m = lm.measure(path)
-    assert m["cells"] <= 130 and m["mean"] <= 14 and m["p90"] <= 28 and m["max"] <= 42 and m["run"] <= 4, m
+    assert m["cells"] <= 125 and m["mean"] <= 14 and m["p90"] <= 28 and m["max"] <= 42 and m["run"] <= 4, m
     assert m["words/line"] >= 2.5 and m["shown %"] >= 35 and m["tests %"] >= 15, m
     assert m["figures"] >= 5 and m["exercises"] >= 2, m
 

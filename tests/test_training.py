@@ -554,6 +554,27 @@ def test_rotation_never_deletes_good_ones_for_damaged_later_ones(tmp_path):
     assert [s for s, _ in list_checkpoints(tmp_path)] == [2, 3, 9] and not (tmp_path / ".part-00000004-1").exists()
 
 
+def test_a_checkpoint_killed_between_two_renames_is_found_again(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 3, {"model": {"a": torch.ones(1)}}, {})
+    real, renames = os.replace, []
+
+    def dying(source, target):
+        if renames:
+            raise KeyboardInterrupt("killed between the two renames")
+        renames.append(target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", dying)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, 3, {"model": {"a": torch.zeros(1)}}, {})
+    monkeypatch.undo()
+    assert not list_checkpoints(tmp_path) and list(tmp_path.glob(".old-*"))
+    tensors, _ = load_checkpoint(newest_checkpoint(tmp_path))
+    assert tensors["model"]["a"] == 1
+    rotate_checkpoints(tmp_path, keep=2, step=3)
+    assert [s for s, _ in list_checkpoints(tmp_path)] == [3]
+
+
 def test_state_hash():
     torch.manual_seed(0)
     a, b = nn.Linear(3, 2), nn.Linear(3, 2)
