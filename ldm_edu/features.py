@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['preprocess', 'FeatureConfig', 'SceneAnswers', 'SceneFeatures', 'scene_targets', 'features_loss', 'FeatureTraining',
-           'train_features', 'measure_features', 'save_features', 'load_features']
+           'train_features', 'measure_features', 'save_features', 'load_features', 'Extractor', 'scenes_extractor']
 
 # %% ../nbs/09b_features.ipynb #cfad80c4
 """Feature networks: what turns pictures into the vectors that FID and its relatives compare, and how to know one again.
@@ -243,3 +243,29 @@ def load_features(folder: str | Path | None = None) -> SceneFeatures:
         raise ValueError(f"{place}: not the weights of this network ({err})") from err
     model.card = read_json(place / "card.json") if (place / "card.json").exists() else {}
     return model.eval()
+
+# %% ../nbs/09b_features.ipynb #3ff2c6f7
+@dataclass(frozen=True)
+class Extractor:
+    """A function from pictures to features, with all that must agree before two sets of features are compared."""
+
+    name: str  # in words
+    mark: str  # hash of its weights
+    size: int  # pixels on a side of what it reads
+    function: Callable[[Tensor], Tensor]  # (b, 3, size, size) float32 in [-1, 1] -> (b, d)
+
+    @property
+    def preprocessing(self) -> str:
+        """What `__call__` does to pictures first."""
+        return f"centre square, antialiased bilinear to {self.size}"
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features (b, d) float32 of pictures (b, 3, h, w) in [-1, 1] of any size, always by way of `preprocess`."""
+        return self.function(preprocess(images, self.size)).float()
+
+
+def scenes_extractor(model: SceneFeatures | None = None) -> Extractor:
+    """A feature network of scenes as an `Extractor`; the shipped one by default."""
+    model = (model or load_features()).eval()
+    return Extractor("scenes-features", state_hash(model), model.config.size, lambda x: model.to(x.device)(x))
