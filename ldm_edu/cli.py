@@ -239,8 +239,10 @@ class TrainFeatures:
         facts = {"model": "feature network", "commit": code_version(), "hardware": machine(), "torch": torch.__version__}
         show = lambda step, loss: (step + 1) % 100 == 0 and print(f"step {step + 1} of {self.train.steps}: loss {loss:.3f}", flush=True)
         model, card = train_features(training=self.train, callback=show)
-        measured = measure_features(model, Scenes(model.config.size, n=2048, split="validation", fields=("image",)))
-        save_features(model, self.out, {**facts, **card, "measured": measured}, self.overwrite)
+        save_features(model, self.out, card, self.overwrite)
+        copy = load_features(self.out)  # as it is given away, in half precision
+        measured = measure_features(copy, Scenes(copy.config.size, n=2048, split="validation", fields=("image",)))
+        write_json(self.out / "card.json", {**facts, **card, "measured": measured})
         print(f"{self.out}: {measured}")
         return 0
 
