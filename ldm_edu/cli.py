@@ -176,14 +176,24 @@ class Evaluate:
     def measure(self, model) -> dict:
         """All that is known to measure of a first stage or a latent diffusion model, and with which settings."""
         stage = getattr(model, "first_stage", model)
+        self.check(model)
         training, validation = self.data.open()
         results = {"data": describe_data(validation), "reconstruction": reconstruction(stage, validation)}
         if stage is not model and self.data.data == "scenes" and model.config.conditioner["name"] == "text":
             results |= {"settings": {"prompts": self.prompts, "steps": self.steps, "seed": self.seed}}
             results |= graded(model, self.prompts, self.steps, self.seed)
-        if self.samples:
+        unseen = self.references if self.data.data == "scenes" else len(validation)
+        if min(self.samples, unseen) >= 8:
             results["distribution"] = self.compare(model, training, validation)
+        elif self.samples:
+            results["left_out"] = f"FID and the like: got {self.samples} samples and {unseen} unseen pictures, expected at least 8 of each"
         return results
+
+    def check(self, model) -> None:
+        """Raise ValueError, before anything is measured, where the model draws pictures of another size than the data's."""
+        if self.samples and hasattr(model, "first_stage") and model.config.image_size != self.data.size:
+            raise ValueError(f"size: got data of {self.data.size} pixels for a model that draws {model.config.image_size}: "
+                             f"pass --size {model.config.image_size}, or --samples 0")
 
     def compare(self, model, training, validation) -> dict:
         """Drawn pictures (of a first stage: rebuilt ones) against unseen ones, with the conditions of the unseen ones."""
@@ -191,8 +201,6 @@ class Evaluate:
             validation = Scenes(self.data.size, n=self.references, split="validation", objects=self.data.objects, fields=validation.fields)
         n = min(self.samples, len(validation)) if not hasattr(model, "first_stage") else self.samples
         images = draw_like(model, validation, n, self.steps, self.seed)
-        if images.shape[-2:] != validation[0]["image"].shape[-2:]:
-            raise ValueError(f"size: got unseen pictures of {self.data.size} pixels for a model that draws {images.shape[-1]}: pass --size {images.shape[-1]}")
         part = training if training is validation or len(training) <= self.training else Part(training, range(self.training))
         evaluator = Evaluator(scenes_extractor(), device=default_device())
         return {"steps": self.steps, "seed": self.seed, **evaluate_samples(evaluator, images, validation, part, self.cache, self.seed)}
@@ -210,6 +218,7 @@ class Pack:
     def run(self) -> int:
         """Write the copy, measure it, write its card."""
         model = open_model(self.model)
+        self.measures.check(model)
         save(model, self.out, dtype=torch.float16, overwrite=self.overwrite)
         results = self.measures.measure(open_model(self.out))
         write_json(self.out / "card.json", {**model.card, "measured": results})

@@ -88,7 +88,9 @@ class Evaluator:
         """Features of each batch, on the CPU; fills `seen` with the source's size and the number of pictures."""
         lowest, sizes, n = float("inf"), set(), 0
         for batch in image_batches(images, self.batch_size):
-            lowest, n = min(lowest, check_images(batch).min().item()), n + len(batch)
+            if len(check_images(batch)) == 0:
+                continue
+            lowest, n = min(lowest, batch.min().item()), n + len(batch)
             sizes.add(f"{batch.shape[2]}x{batch.shape[3]}")
             if len(sizes) > 1:
                 raise ValueError(f"images: got sizes {', '.join(sorted(sizes))}, expected one: crop and resize them by the loader first")

@@ -166,6 +166,10 @@ class FeatureTraining(Config):
     weight_decay: float = 1e-4  # of AdamW
     seed: int = 0  # of the weights and of the scenes
 
+    def __post_init__(self):
+        if self.steps < 1 or self.batch_size < 2 or self.lr <= 0 or self.weight_decay < 0:
+            raise ValueError(f"got {self}, expected at least 1 step of 2 scenes, lr > 0 and weight_decay >= 0")
+
 
 def train_features(config: FeatureConfig | None = None, training: FeatureTraining | None = None,
                    callback: Callable[[int, float], None] | None = None) -> tuple[SceneFeatures, dict]:
@@ -179,7 +183,7 @@ def train_features(config: FeatureConfig | None = None, training: FeatureTrainin
         model = SceneFeatures(config).train()
     scenes = Scenes(config.size, n=training.steps * training.batch_size, seed=training.seed, fields=("image",))
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, weight_decay=training.weight_decay)
-    plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.lr, training.steps + 1, pct_start=0.1)
+    plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.lr, max(11, training.steps + 1), pct_start=0.1)
     for step in range(training.steps):
         rows = range(step * training.batch_size, (step + 1) * training.batch_size)
         truth = scene_targets(scenes.layout(rows), config.cells)

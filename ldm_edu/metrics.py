@@ -283,7 +283,7 @@ def memorisation(samples: Tensor, train: Tensor, held_out: Tensor, quantile: flo
     if not 0 < quantile < 1:
         raise ValueError(f"quantile: got {quantile}, expected a number between 0 and 1")
     near, usual = nearest(samples, train)[0], nearest(held_out, train)[0]
-    if usual.median() == 0:
+    if usual.median() <= 1e-6 * held_out.double().norm(dim=1).mean():
         raise ValueError("held_out: got data that lie in the training set themselves, expected data that training never saw")
     threshold = usual.quantile(quantile).item()
     return Memorisation((near.median() / usual.median()).item(), (near < threshold).double().mean().item(), threshold, quantile)

@@ -127,7 +127,8 @@ def test_every_kind_of_source_gives_the_same_features(evaluator, scenes, x):
     assert [len(b) for b in image_batches(x, 100)] == [100, 100, 56]
     assert whole.provenance["n"] == N and whole.provenance["source"] == "32x32" and whole.values.shape == (N, 128)
     streamed = evaluator.statistics(x, "a")
-    assert_close(streamed.covariance, whole.statistics().covariance) and streamed.provenance == whole.provenance
+    assert_close(streamed.covariance, whole.statistics().covariance)
+    assert streamed.provenance == whole.provenance
 
 
 # ------------------------------------------------------------------------------------------ provenance and caches
@@ -218,6 +219,17 @@ def test_config_refuses_what_cannot_be_built(bad):
         FeatureConfig(**bad)
 
 
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"batch_size": 1}, {"lr": 0.0}, {"weight_decay": -1.0}])
+def test_training_refuses_what_cannot_run(bad):
+    with pytest.raises(ValueError, match="expected"):
+        FeatureTraining(**bad)
+
+
+@pytest.mark.parametrize("steps", [1, 9, 10])
+def test_the_shortest_trainings_run(steps):
+    assert train_features(FeatureConfig((2, 2, 2, 2)), FeatureTraining(steps=steps, batch_size=2))[1]["train"]["steps"] == steps
+
+
 def test_shipped_network_is_small_and_reads_unseen_scenes(network, root):
     folder = root / "data" / "pretrained" / "scenes-features"
     assert (folder / "model.safetensors").stat().st_size <= 1_000_000 and (folder / "README.md").exists()
@@ -231,7 +243,7 @@ def test_saved_network_comes_back_and_damage_is_named(tmp_path):
     save_features(model, tmp_path / "a", {"x": 1})
     back = load_features(tmp_path / "a")
     x = torch.rand(2, 3, 32, 32) * 2 - 1
-    assert_close(back(x), model(x), atol=2e-3, rtol=2e-3)
+    assert_close(back(x), model(x), atol=5e-3, rtol=5e-3)
     assert back.card == {"x": 1} and scenes_extractor(back).mark == scenes_extractor(load_features(tmp_path / "a")).mark != scenes_extractor(model).mark
     with pytest.raises(ValueError, match="holds a model already"):
         save_features(model, tmp_path / "a", {})
@@ -348,16 +360,13 @@ def test_inception_runs_on_bytes_of_299_pixels_when_its_file_is_there(tmp_path, 
     """With a file of random weights under a name that fits its hash: the wiring, without the download."""
     from torch_fidelity import feature_extractor_inceptionv3 as theirs
 
-    torch.manual_seed(0)
     monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *a, **k: pytest.fail("a download"))
-    shell = theirs.FeatureExtractorInceptionV3.__new__(theirs.FeatureExtractorInceptionV3)
     seen = {}
 
     def build(name, features, feature_extractor_weights_path):
         seen.update(name=name, features=features, path=feature_extractor_weights_path)
         return torch.nn.Identity()
 
-    assert isinstance(shell, torch.nn.Module)
     path = tmp_path / "weights.pth"
     path.write_bytes(b"weights")
     mark = hashlib.sha256(b"weights").hexdigest()
@@ -404,10 +413,15 @@ def test_evaluate_against_a_folder(stage, tmp_path, capsys):
     rng = np.random.default_rng(0)
     for i in range(120):
         Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(tmp_path / f"{i:03d}.png")
-    args = ["evaluate", "--model", str(stage), "--data", str(tmp_path), "--size", "16", "--samples", "12", "--cache", str(tmp_path / "cache")]
+    args = ["evaluate", "--model", str(stage), "--data", str(tmp_path), "--size", "16", "--samples", "12", "--cache", str(tmp_path.parent / "cache")]
     assert cli.main(args) == 0
     d = json.loads(capsys.readouterr().out)["distribution"]
     assert d["samples"]["n"] == 12 and d["samples"]["references"] == 12 and d["training"]["n"] == 108 and d["features"]["source"] == "16x16"
+    for path in sorted(tmp_path.glob("*.png"))[30:]:
+        path.unlink()
+    assert cli.main(args) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert "distribution" not in results and "3 unseen pictures" in results["left_out"] and results["reconstruction"]["n"] == 3
 
 
 def test_evaluate_of_another_size_is_refused(stage, tmp_path, capsys):

@@ -76,7 +76,8 @@ def test_imports_have_no_cycle():
 
 def test_libraries_stay_in_their_modules():
     where = {"matplotlib": {"viz"}, "ipywidgets": {"widgets"}, "tyro": {"cli"}, "accelerate": {"training"},
-             "fastcore": set(), "nbdev": set(), "diffusers": set(), "transformers": set()}
+             "fastcore": set(), "nbdev": set(), "diffusers": set(), "transformers": set(),
+             "torchmetrics": {"evaluation"}, "torch_fidelity": {"evaluation"}}
     for path in modules():
         for package, allowed in where.items():
             assert package not in external_imports(path) or path.stem in allowed, f"{path.stem} imports {package}"
