@@ -16,7 +16,7 @@ LEVELS = {
     0: "core drawing captions data schedule folders viz checkpoint runs",
     1: "objective attention samplers guidance grader",
     2: "unet autoencoder conditioning",
-    3: "ldm training",
+    3: "ldm training reading",
     4: "recipes",
     5: "demo",
     6: "cli widgets",
