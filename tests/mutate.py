@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FORK = sys.platform == "linux"  # macOS kills forked processes that go on to use its system libraries
-SECONDS = 240  # a child that takes longer hangs
+SECONDS = 600  # a child that takes longer hangs
 HEAVY = ("numpy", "torch", "PIL.Image", "matplotlib.pyplot", "einops", "safetensors.torch", "tokenizers", "hypothesis.strategies",
          "accelerate", "torchvision", "tqdm.auto", "nbformat", "nbclient", "pytest_timeout")
 
