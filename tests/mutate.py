@@ -136,7 +136,7 @@ def run_here(request: dict) -> None:
     recorder = Recorder()
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:pytest_cov", "--tb=short", "--durations=0",
                f"--basetemp={folder / 'tmp'}", f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml"), "-W", "ignore"]
-    code = pytest.main([*options, *(["-x"] if request["first"] else []), *(f"tests/{t}" for t in request["tests"])], plugins=[recorder])
+    code = pytest.main([*options, *(["-x"] if request["first"] else []), *(f"tests/{t}" if t.startswith("test_") else t for t in request["tests"])], plugins=[recorder])
     loaded = {n.removeprefix("ldm_edu."): m.__file__ for n, m in sys.modules.items() if n.startswith("ldm_edu.")}
     result = {"code": int(code), "loaded": loaded, **vars(recorder)}
     Path(request["out"]).write_text(json.dumps(result), encoding="utf-8")
