@@ -6,7 +6,7 @@ OUT ?= runs/demo
 STAMP := $(VENV)/.installed
 NEEDED_GB := 9
 
-.PHONY: help demo test lab export check lint-lessons weights clean-runs setup
+.PHONY: help demo test lab export check mutations lint-lessons weights clean-runs setup
 .DEFAULT_GOAL := help
 
 help:  ## say what can be made
@@ -49,6 +49,9 @@ check: $(STAMP)  ## the fast gate: export in sync, orphans, ids, sizes, import D
 
 lint-lessons: $(STAMP)  ## the lessons' measures against the house style, as a table
 	@$(BIN)/python tests/lesson_measures.py
+
+mutations: $(STAMP)  ## inject the field's known bugs into copies of the library; a test must catch each
+	@$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_mutations.py
 
 # The lessons run at full length, so that what is checked is what the committed outputs show.
 # Every process of the tests refuses connections that leave the machine (tests/offline/sitecustomize.py).
