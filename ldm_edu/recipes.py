@@ -328,7 +328,7 @@ DIFFUSIONS = {
     "text-tiny": DiffusionRecipe("text-tiny", "text", train=_LATENT_UNET),
     "text-demo": DiffusionRecipe("text-tiny", "text", train=_SMALL.replace(steps=2_400, lr=1e-3, ema_decay=0.995, precision="auto")),
     "text-relations": DiffusionRecipe("text-tiny", "text", step_bias=1.6, reading_steps=400,
-                                      train=_LATENT_UNET.replace(steps=4_000, lr=5e-4, warmup_steps=100)),
+                                      train=_LATENT_UNET.replace(steps=5_500, lr=5e-4, warmup_steps=100)),
     "class-tiny": DiffusionRecipe("text-tiny", "class", train=_LATENT_UNET),
     "unconditional-tiny": DiffusionRecipe("tiny", "none", guidance_scale=1.0, train=_LATENT_UNET),
 }
