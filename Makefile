@@ -61,6 +61,7 @@ test: $(STAMP)  ## everything: the gate, all lessons, all tests, coverage; offli
 	  $(BIN)/python -m pytest -n 2 --dist worksteal --cov=ldm_edu --cov-report=term --cov-fail-under=90 $(ARGS)
 
 weights: $(STAMP)  ## train the shipped models again (two hours on two cores) into data/pretrained
+	@$(BIN)/ldm-edu train-features --out data/pretrained/scenes-features --overwrite
 	@$(BIN)/ldm-edu train-autoencoder --recipe kl-f4-tiny --out runs/weights/scenes-kl-f4
 	@$(BIN)/ldm-edu train --recipe text-tiny --items 30000 --first-stage runs/weights/scenes-kl-f4 --out runs/weights/scenes-words
 	@$(BIN)/ldm-edu train --recipe text-relations --items 40000 --relations 0.75 --first-stage runs/weights/scenes-kl-f4 \

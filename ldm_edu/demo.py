@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from .autoencoder import psnr, ssim
 from .core import default_device, write_json, write_text
 from .data import Scenes, make_prompts
 from .grader import grade
 from .ldm import LatentDiffusion, load, pretrained_names
+from .metrics import psnr, ssim
 from .recipes import machine, train_autoencoder, train_diffusion
 from .viz import figure_png, filmstrip, html_image, plot_curves, png_bytes, show_images, to_grid
 

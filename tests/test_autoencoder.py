@@ -19,11 +19,10 @@ from ldm_edu.autoencoder import (
     Encoder,
     first_stage_loss,
     latent_statistics,
-    psnr,
-    ssim,
     summed_kl_weight,
 )
 from ldm_edu.core import make_generators, randn
+from ldm_edu.metrics import psnr, ssim
 
 SMALL = AutoencoderConfig(z_channels=4, model_channels=8, ch_mult=(1, 2, 4), num_res_blocks=1, num_groups=4)
 CONFIGS = {

@@ -58,14 +58,16 @@ def test_the_module_is_the_command_for_torchrun():
 
 def test_pack_copies_in_half_precision_and_measures_the_copy(runs, tmp_path, capsys):
     out = tmp_path / "packed"
-    args = ["pack", "--model", str(runs / "text"), "--out", str(out), "--measures.size", "16", "--measures.prompts", "2",
-            "--measures.steps", "1"]
+    few = ["--measures.size", "16", "--measures.samples", "8", "--measures.references", "16", "--measures.training", "16",
+           "--measures.cache", str(tmp_path / "cache")]
+    args = ["pack", "--model", str(runs / "text"), "--out", str(out), "--measures.prompts", "2", "--measures.steps", "1", *few]
     assert cli.main(args) == 0 and cli.main(args) == 2, "never over another model"
     assert str(out) in capsys.readouterr().err
     assert (out / "model.safetensors").stat().st_size < 0.6 * (runs / "text" / "model" / "model.safetensors").stat().st_size
     card = load(out).card
     assert card["steps"] == 3 and card["measured"]["single"]["n"] == 2 and card["measured"]["reconstruction"]["psnr"] > 0
-    assert cli.main(["pack", "--model", str(runs / "ae"), "--out", str(tmp_path / "ae"), "--measures.size", "16"]) == 0
+    assert card["measured"]["distribution"]["samples"]["n"] == 8
+    assert cli.main(["pack", "--model", str(runs / "ae"), "--out", str(tmp_path / "ae"), *few]) == 0
     assert load_first_stage(tmp_path / "ae").card["measured"]["data"].startswith("Scenes, 256 items")
 
 
@@ -105,13 +107,14 @@ def test_sample_writes_pictures_and_never_over_others(runs, capsys):
 
 
 def test_evaluate_prints_and_writes(runs, capsys):
-    args = ["evaluate", "--model", str(runs / "text"), "--size", "16", "--prompts", "2", "--steps", "1", "--out", str(runs / "e.json")]
+    few = ["--size", "16", "--samples", "8", "--references", "16", "--training", "16", "--cache", str(runs / "cache")]
+    args = ["evaluate", "--model", str(runs / "text"), "--prompts", "2", "--steps", "1", "--out", str(runs / "e.json"), *few]
     assert cli.main(args) == 0
     results = json.loads((runs / "e.json").read_text())
     assert results["reconstruction"]["n"] == 256 and set(results) >= {"single", "relation", "held_out"}
     capsys.readouterr()
     assert cli.main(args) == 2 and "exists already" in capsys.readouterr().err
-    assert cli.main(["evaluate", "--model", str(runs / "ae"), "--size", "16"]) == 0
+    assert cli.main(["evaluate", "--model", str(runs / "ae"), *few]) == 0
 
 
 @pytest.mark.parametrize("args, message", [

@@ -14,8 +14,8 @@ LIBRARY = ROOT / "ldm_edu"
 # Nothing imports upward: a module may import modules of its own level or below, without cycles.
 LEVELS = {
     0: "core drawing captions data schedule folders viz checkpoint runs",
-    1: "objective attention samplers guidance grader",
-    2: "unet autoencoder conditioning",
+    1: "objective attention samplers guidance grader features metrics",
+    2: "unet autoencoder conditioning evaluation",
     3: "ldm training reading",
     4: "recipes",
     5: "demo",
@@ -76,7 +76,8 @@ def test_imports_have_no_cycle():
 
 def test_libraries_stay_in_their_modules():
     where = {"matplotlib": {"viz"}, "ipywidgets": {"widgets"}, "tyro": {"cli"}, "accelerate": {"training"},
-             "fastcore": set(), "nbdev": set(), "diffusers": set(), "transformers": set()}
+             "fastcore": set(), "nbdev": set(), "diffusers": set(), "transformers": set(),
+             "torchmetrics": {"evaluation"}, "torch_fidelity": {"evaluation"}}
     for path in modules():
         for package, allowed in where.items():
             assert package not in external_imports(path) or path.stem in allowed, f"{path.stem} imports {package}"
