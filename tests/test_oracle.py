@@ -521,19 +521,15 @@ def test_noise_density_is_the_forward_process():
             noise_density(clean, AXIS, acp)
 
 
-def test_guidance_does_not_sample_the_tilted_density():
-    """Issue line 5, without sampling noise: the exact density of the guided flow against the exact tilted density."""
-    mixture = GaussianMixture(torch.tensor([[-0.8, 0.0], [0.8, 0.0]]).double(), 0.5, labels=torch.tensor([0, 1]))
-    axis = (torch.arange(32).double() + 0.5) / 4 - 4
-    grid = torch.cartesian_prod(axis, axis)
+def test_guided_flows_keep_their_mass():
+    """`flow_log_prob` takes any velocity: a guided one makes a density too, but another one than the class."""
+    mixture = GaussianMixture(torch.tensor([[-0.8, 0.0], [0.8, 0.0]]), 0.5, labels=torch.tensor([0, 1]))
+    axis = (torch.arange(24).double() + 0.5) / 3 - 4
     part = mixture.given(1)
-    gaps = {}
-    for s in (0.0, 1.0, 3.0):
-        guided = lambda x, acp, s=s: mixture.v(x, acp) + s * (part.v(x, acp) - mixture.v(x, acp))
-        flow = flow_log_prob(guided, grid, 0.0, steps=25).exp().reshape(32, 32) / 16
-        assert abs(flow.sum() - 1) < 5e-3, "the flow's density sums to one"
-        gaps[s] = (flow - tilted_density(mixture, 1, s, axis)).abs().sum().item() / 2
-    assert gaps[0.0] < 5e-3 and gaps[1.0] < 5e-3 < 0.15 < gaps[3.0], gaps
+    guided = lambda x, acp: mixture.v(x, acp) + 2 * (part.v(x, acp) - mixture.v(x, acp))
+    made = flow_log_prob(guided, torch.cartesian_prod(axis, axis), 0.0, steps=20).exp().reshape(24, 24) / 9
+    assert abs(made.sum() - 1) < 5e-3
+    assert (made - tilted_density(mixture, 1, 1.0, axis)).abs().sum() > 0.2
 
 
 # ---------------------------------------------------------------- errors
