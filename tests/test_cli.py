@@ -104,6 +104,8 @@ def test_sample_writes_pictures_and_never_over_others(runs, capsys):
     before = (out / "sheet.png").read_bytes()
     assert cli.main(args) == 2 and "holds samples already" in capsys.readouterr().err
     assert cli.main([*args, "--overwrite", "--seed", "3"]) == 0 and (out / "sheet.png").read_bytes() != before
+    assert cli.main([*args, "--overwrite", "--guidance-scale", "3", "--guidance-rescale", "0.7", "--guidance-interval", "100", "900"]) == 0
+    assert json.loads((out / "samples.json").read_text())["guidance_interval"] == [100, 900]
 
 
 def test_evaluate_prints_and_writes(runs, capsys):
@@ -125,6 +127,7 @@ def test_evaluate_prints_and_writes(runs, capsys):
     (["sample", "a red circle", "--model", "TEXT", "--steps", "1001"], "1001"),
     (["sample", "a red circle", "--model", "TEXT", "--sampler", "euler9"], "euler9.*ddim"),
     (["sample", "a red circle", "--model", "TEXT", "--size", "20", "20"], "20x20"),
+    (["sample", "a red circle", "--model", "TEXT", "--guidance-scale", "2", "--guidance-rescale", "2"], "rescale: got 2"),
     (["sample", "a red circle", "--model", "nowhere"], "nowhere.*expected"),
     (["sample", "a red circle", "--model", "AE"], "first-stage"),
     (["train", "--recipe", "txt-tiny"], "txt-tiny.*text-tiny"),

@@ -99,6 +99,22 @@ def test_guidance_limits(sampler):
     assert (draw("a", 4.0) - draw("a", 1.0)).abs().max() > 1e-4
 
 
+def test_guidance_options_reach_the_model():
+    model = tiny()
+    draw = lambda **options: model.sample("a", n=2, seed=3, steps=4, guidance_scale=4.0, decode=False, **options)
+    plain, guided = model.sample("a", n=2, seed=3, steps=4, guidance_scale=1.0, decode=False), draw()
+    torch.testing.assert_close(draw(guidance_interval=(0, 100)), guided)
+    torch.testing.assert_close(draw(guidance_interval=(0, 0)), plain)
+    torch.testing.assert_close(draw(guidance_rescale=0.0), guided)
+    for options in ({"guidance_interval": (30, 60)}, {"guidance_rescale": 0.7}):
+        assert (draw(**options) - guided).abs().max() > 1e-4, options
+    rows = []
+    forward = model.net.denoise
+    model.net.denoise = lambda x, t, condition: rows.append(len(x)) or forward(x, t, condition)
+    draw(guidance_interval=(30, 60))  # trailing steps of 100: 99, 74, 49, 24
+    assert rows == [2, 2, 4, 2]
+
+
 def test_negative_prompts_replace_the_null_condition():
     model = tiny()
     same = model.sample("a", seed=0, steps=3, guidance_scale=3.0, negative="a")
@@ -118,7 +134,8 @@ def test_other_sizes_and_latents():
     ({"size": 20}, "20x20, expected multiples of 8"), ({"steps": 0}, "0"), ({"steps": 101}, "101"),
     ({"sampler": "euler9"}, "euler9.*ddim"), ({"n": 0}, "got 0"), ({"n": 3, "prompts": ["a", "b"]}, "3 images for 2"),
     ({"prompts": ["d"]}, "d.*a, b, c"), ({"prompts": []}, "empty list"), ({"seed": [1, 2, 3]}, "3 seeds, expected 1"),
-    ({"guidance_scale": float("nan")}, "nan"), ({"batch_size": 0}, "batch_size"), ({"spacing": "even"}, "even.*trailing"),
+    ({"guidance_scale": float("nan")}, "nan"), ({"guidance_rescale": 2.0}, "rescale: got 2"),
+    ({"guidance_interval": (5, 1)}, "interval: got"), ({"batch_size": 0}, "batch_size"), ({"spacing": "even"}, "even.*trailing"),
 ])
 def test_bad_requests_say_what_was_expected(arguments, message):
     with pytest.raises(ValueError, match=message):
