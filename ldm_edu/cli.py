@@ -111,7 +111,7 @@ class Sample:
     out: Path = Path("runs/samples")  # folder for the pictures
     n: int = 1  # pictures of each prompt
     steps: int = 20  # network evaluations
-    sampler: str = "dpmpp_2m"  # ddpm, ddim or dpmpp_2m
+    sampler: str = "dpmpp_2m"  # dpmpp_2m, ddim, unipc_3, heun, ...: a wrong name lists them all
     guidance_scale: float | None = None  # 1 is off; the model's own by default
     seed: int = 0  # picture i depends on seed + i
     size: tuple[int, int] | None = None  # height and width in pixels; the training size by default
