@@ -48,14 +48,18 @@ def moments(h: float, n: int) -> list[float]:
     `h` > 0 in lambda is for x0-predictions, -h for eps-predictions; h = inf puts all weight on the end. These are the
     phi-functions of exponential integrators [DPM-Solver app. B.2; UniPC eq. 7].
     """
-    if abs(h) > 1:  # by parts, from the mean of 1
+    if abs(h) > 1:  # by parts, upwards from the mean of 1
         end, values = -1 / math.expm1(-h), [1.0]
         for k in range(1, n + 1):
             values.append(end - k / h * values[-1])
         return values
-    terms = [h**j / math.factorial(j) for j in range(18)]  # where the recurrence would lose digits
-    integral = lambda k: sum(term / (k + j + 1) for j, term in enumerate(terms))
-    return [integral(k) / integral(0) for k in range(n + 1)]
+    term, integrals = 1.0, [1 / (n + 1)]  # a series for the last integral, and down from it: upwards would lose digits
+    for j in range(1, 20):
+        term *= h / j
+        integrals[0] += term / (n + j + 1)
+    for k in range(n, 0, -1):
+        integrals.insert(0, (math.exp(h) - h * integrals[0]) / k)
+    return [integral / integrals[0] for integral in integrals]
 
 
 def node_weights(nodes: Sequence[float], h: float) -> list[float]:
@@ -171,7 +175,7 @@ def _singlestep(order: int, what: str, denoiser: Denoiser, x_T: Tensor, timestep
         if place[step.i] == 0:
             block[:] = [(step, x_t, seen)]
         start, x_start, first = block[0]
-        kind, span = "x0" if start.acp == 0 else what, start._replace(acp_next=step.acp_next)
+        kind, span = "x0" if start.acp == 0 or step.last else what, start._replace(acp_next=step.acp_next)
         mean = getattr(first, kind)
         if place[step.i] > 0:
             clock, h = half_log_snr(start.acp), half_log_snr(step.acp_next) - half_log_snr(start.acp)
