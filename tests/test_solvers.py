@@ -54,7 +54,7 @@ seeded = lambda seed: torch.Generator().manual_seed(seed)
 @pytest.mark.parametrize("h", [-20.0, -3.0, -1.001, -0.999, -0.3, -1e-6, 1e-9, 1e-6, 0.02, 0.5, 0.999, 1.001, 3.0, 40.0])
 def test_moments_are_the_integrals_they_stand_for(h):
     u = (torch.arange(200_000).double() + 0.5) / 200_000
-    weight = (h * (u - (h > 0))).exp()
+    weight = (h * (u - 1.0 * (h > 0))).exp()
     exact = [((u**k * weight).sum() / weight.sum()).item() for k in range(5)]
     assert_close(torch.tensor(moments(h, 4)).double(), torch.tensor(exact).double(), rtol=1e-8, atol=1e-10)
 
@@ -365,6 +365,20 @@ def their_states(name, scheduler, model, x, steps):
     return path
 
 
+def bounded_net():
+    """A random network whose x0 stays in [-1, 1], like a picture: states stay small, and float32 rounding with them.
+
+    Both sides walk in float64 where theirs allows it (their tables of noise levels stay float32).
+    """
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Tanh(),
+                                 torch.nn.Conv2d(8, 3, 3, padding=1)).double().requires_grad_(False)
+    return lambda x, t: torch.tanh(2 * layers(x.double() + (t / T).reshape(-1, 1, 1, 1))).to(x.dtype)
+
+
+BOUNDED = bounded_net()
+
+
 @pytest.fixture
 def shared_noise(monkeypatch):
     """The same noise for both sides, call by call."""
@@ -382,21 +396,25 @@ def shared_noise(monkeypatch):
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 @pytest.mark.parametrize("S", [1, 2, 3, 5, 10, 21, 50])
 def test_agrees_with_diffusers(name, kind, spacing, S, shared_noise):
+    steps, model = timesteps(S, T, spacing), as_kind(kind, BOUNDED)
+    scheduler = make_theirs(name, kind, steps)
     if name == "euler_a" and kind == "x0":
-        with pytest.raises(NotImplementedError):
-            raise NotImplementedError  # theirs: "prediction_type not implemented yet: sample"
+        with pytest.raises(NotImplementedError):  # "prediction_type not implemented yet: sample"
+            their_states(name, scheduler, model, X_T.double(), steps)
         return
-    steps = timesteps(S, T, spacing)
-    their_path = their_states(name, make_theirs(name, kind, steps), net(), X_T, steps)
+    their_path = their_states(name, scheduler, model, X_T.double(), steps)
     function, _, variant = name.partition(" ")
     options = {"variant": variant} if variant else {}
-    states = trace(SAMPLERS[function].function, Denoiser(net(), SCHEDULE, kind), X_T, steps, **options)[1]
+    states = trace(SAMPLERS[function].function, Denoiser(model, SCHEDULE, kind), X_T.double(), steps, **options)[1]
     our_path = [s.x_next for s in states]
+    assert len(our_path) == len(their_path) == S
     if name.startswith("dpm_"):  # theirs refuses to end eps-solvers at zero noise (final_sigmas_type): ours does end there
         our_path, their_path = our_path[:-1], their_path[:-1]
-    assert len(our_path) == len(their_path)
-    worst = max([(a - b).abs().max().item() for a, b in zip(our_path, their_path)], default=0.0)
-    assert worst <= 1e-4, f"largest difference {worst:.2g}"
+    if variant == "bh1":  # theirs computes inf * 0 in the step to zero noise: the sample is not a number
+        assert their_path[-1].isnan().all() and our_path[-1].isfinite().all()
+        our_path, their_path = our_path[:-1], their_path[:-1]
+    worst = [(a - b).abs().max().item() for a, b in zip(our_path, their_path)]
+    assert all(difference <= 1e-4 for difference in worst), f"differences {worst}"
 
 
 def their_plms(kind, S, spacing):
@@ -419,7 +437,7 @@ def test_plms_agrees_with_diffusers(S, spacing):
     ours = [s.x_next for s in trace(plms, Denoiser(net(), SCHEDULE), X_T, timesteps(S, T, spacing))[1]]
     theirs = plms_states(their_plms("eps", S, spacing), net(), X_T)
     assert len(ours) == len(theirs) == S
-    assert max((a - b).abs().max().item() for a, b in zip(ours, theirs)) <= 1e-4
+    assert all((a - b).abs().max() <= 1e-4 for a, b in zip(ours, theirs))
 
 
 DOT = 0.4
@@ -542,32 +560,33 @@ def test_every_model_knows_every_sampler():
 
 
 # ---------------------------------------------------------------- inversion
-@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
-def test_inversion_of_one_point_is_exact(kind):
-    denoiser = Denoiser(ORACLE.model(SCHEDULE, kind), SCHEDULE, kind)
-    gauss = GaussianMixture(torch.tensor([[0.5, -1.0]]), 1.0)  # N(m, I): eps is constant along every road
-    denoiser = Denoiser(gauss.model(SCHEDULE, kind), SCHEDULE, kind)
-    x = gauss.sample(50, seeded(0))
-    x_T = ddim_invert(denoiser, x, timesteps(200, T))
-    assert_close(ddim(denoiser, x_T, timesteps(200, T)), x, rtol=0, atol=0.02)
+def test_inversion_speaks_all_kinds():
+    x, steps = ORACLE.sample(32, seeded(0)), timesteps(30, T)
+    outs = [ddim_invert(Denoiser(ORACLE.model(SCHEDULE, kind), SCHEDULE, kind), x, steps) for kind in ("x0", "eps", "v")]
+    assert_close(outs[1], outs[0], rtol=0, atol=1e-10)
+    assert_close(outs[2], outs[0], rtol=0, atol=1e-10)
+
+
+def up_the_fine_clock(S, x):
+    """Invert over S + 1 steps equal in lambda; the noise, the steps and the denoiser."""
+    n = len(FINE.alphas_cumprod) - 1
+    steps, denoiser = [n * k // S for k in range(S, -1, -1)], Denoiser(ORACLE.model(FINE, "x0"), FINE, "x0")
+    return ddim_invert(denoiser, x, steps), steps, denoiser
 
 
 def test_inversion_round_trip_is_first_order():
-    x, counts = ORACLE.sample(64, seeded(1)), (50, 100, 200, 400)
-
-    def error(S):
-        steps = log_snr_timesteps(S, SCHEDULE.alphas_cumprod.tolist())
-        return (ddim(IDEAL, ddim_invert(IDEAL, x, steps), steps) - x).square().mean().sqrt().item()
-
-    errors = [error(S) for S in counts]
-    assert errors[-1] < 0.02 and 0.75 < slope_of(counts, errors) < 1.4, errors
+    x, counts, errors = ORACLE.sample(64, seeded(1)), (20, 40, 80, 160), []
+    for S in counts:
+        x_T, steps, denoiser = up_the_fine_clock(S, x)
+        errors.append((ddim(denoiser, x_T, steps) - x).square().mean().sqrt().item())
+    assert errors[-1] < 0.05 and 0.8 < slope_of(counts, errors) < 1.3, errors
 
 
 def test_inversion_follows_the_exact_flow_upwards():
-    x, acp = ORACLE.sample(64, seeded(1)), SCHEDULE.alphas_cumprod
-    exact = exact_flow(ORACLE.v, x, 1 - 1e-9, acp[-1].item(), steps=2000)
-    errors = [(ddim_invert(IDEAL, x, log_snr_timesteps(S, acp.tolist())) - exact).square().mean().sqrt().item() for S in (100, 400)]
-    assert errors[1] < 0.03 and errors[1] < errors[0] / 2
+    x = ORACLE.sample(64, seeded(1))
+    exact = exact_flow(ORACLE.v, x, 1.0, FINE.alphas_cumprod[-1].item(), steps=1000)
+    errors = [(up_the_fine_clock(S, x)[0] - exact).square().mean().sqrt().item() for S in (40, 160)]
+    assert errors[1] < 0.03 and errors[1] < errors[0] / 3, errors
 
 
 def test_inversion_contract():
@@ -631,8 +650,8 @@ def check_moments_of_euler_a(module):
 MUTANTS = {
     "history shared by all walks": ("    past = deque(maxlen=4)", "    past = _SHARED", check_no_memory),
     "corrector left out": ("if before and correct:", "if False:", check_order_of("unipc_2", 2.6)),
-    "corrector starts from the predicted state": ("before[:] = step, x_t, points", "before[:] = step, seen.x0 * 0 + x_T, points",
-                                                  check_order_of("unipc_2", 2.6)),
+    "corrector steps on from the predicted state": ("hold_x0(before[0], before[1],", "hold_x0(before[0], x_t,",
+                                                    check_order_of("unipc_2", 2.6)),
     "half in place of the first moment": ("0.5 if place[step.i] == 1 else moments(h if kind == \"x0\" else -h, 1)[1]", "0.5",
                                           check_order_of("dpmpp_3s", 2.5)),
     "sign of h in eps-blocks": ("moments(h if kind == \"x0\" else -h, 1)", "moments(h, 1)", check_order_of("dpm_3s", 2.5)),
