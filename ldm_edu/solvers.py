@@ -31,13 +31,13 @@ def noise_level(acp: float) -> float:
 
 
 def hold_x0(step: Step, x_t: Tensor, x0: Tensor) -> Tensor:
-    """Solve the ODE exactly over `step` for an x0-prediction that stays what it is [DPM-Solver++ eq. 9]."""
+    """Solve the ODE exactly over `step` for an x0-prediction that stays what it is [DPM-Solver++ prop. 4.1]."""
     ratio = math.sqrt((1 - step.acp_next) / (1 - step.acp))
     return ratio * x_t + (math.sqrt(step.acp_next) - math.sqrt(step.acp) * ratio) * x0
 
 
 def hold_eps(step: Step, x_t: Tensor, eps: Tensor) -> Tensor:
-    """Solve the ODE exactly over `step` for an eps-prediction that stays what it is; needs acp > 0 [DPM-Solver eq. 3.7]."""
+    """Solve the ODE exactly over `step` for an eps-prediction that stays what it is; needs acp > 0 [DPM-Solver prop. 3.1]."""
     ratio = math.sqrt(step.acp_next / step.acp)
     return ratio * x_t + (math.sqrt(1 - step.acp_next) - math.sqrt(1 - step.acp) * ratio) * eps
 
@@ -46,7 +46,7 @@ def moments(h: float, n: int) -> list[float]:
     """Means of u ** k, k = 0 ... n, over u in [0, 1] under the weight exp(h u), with which a step of length h sees x0.
 
     `h` > 0 in lambda is for x0-predictions, -h for eps-predictions; h = inf puts all weight on the end. These are the
-    phi-functions of exponential integrators [DPM-Solver app. B.2; UniPC eq. 7].
+    phi-functions of exponential integrators in other words [Hochbruck & Ostermann 2010, sec. 2].
     """
     if abs(h) > 1:  # by parts, upwards from the mean of 1
         end, values = -1 / math.expm1(-h), [1.0]
@@ -76,7 +76,7 @@ def node_weights(nodes: Sequence[float], h: float) -> list[float]:
 
 # %% ../nbs/05b_solvers.ipynb #f0adc46b
 def euler(denoiser: Denoiser, x_T: Tensor, timesteps: Sequence[int], *, generator=None, callback=None) -> Tensor:
-    """Euler's method in the coordinates x / alpha, sigma / alpha, multiplied out: DDIM by another road [EDM alg. 1].
+    """Euler's method in the coordinates x / alpha, sigma / alpha, multiplied out: DDIM by another road [EDM sec. 3].
 
     Draws nothing (`generator` is there because every sampler has one signature); arguments and `Raises` as in `walk`.
     """
@@ -127,7 +127,7 @@ ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 2
 
 
 def plms(denoiser: Denoiser, x_T: Tensor, timesteps: Sequence[int], *, generator=None, callback=None) -> Tensor:
-    """DDIM with eps extrapolated through up to four past predictions [PNDM eq. 12; as in LDM's code].
+    """DDIM with eps extrapolated through up to four past predictions [PNDM sec. 3; as in LDM's code].
 
     S + 1 evaluations (one for S = 1): the first step is Heun's, the second and third know one and two predecessors.
     Draws nothing; arguments and `Raises` as in `walk`.
@@ -145,7 +145,7 @@ def plms(denoiser: Denoiser, x_T: Tensor, timesteps: Sequence[int], *, generator
 
 # %% ../nbs/05b_solvers.ipynb #ebcc2ea0
 def block_sizes(S: int, order: int, lone_start: bool = False) -> list[int]:
-    """Cut S steps into blocks of `order` evaluations; the last block, to clean data, is 1 [DPM-Solver sec. 3.4].
+    """Cut S steps into blocks of `order` evaluations; the last block, to clean data, is 1 [after DPM-Solver-fast].
 
     What is left over for order 3 goes into blocks of 2, because a block of 1 in the middle would cost the order.
     `lone_start` makes the first block 1, for a walk that starts from pure noise.
@@ -203,12 +203,12 @@ def dpmpp_2s(denoiser: Denoiser, x_T: Tensor, timesteps: Sequence[int], *, gener
 
 
 def dpmpp_3s(denoiser: Denoiser, x_T: Tensor, timesteps: Sequence[int], *, generator=None, callback=None) -> Tensor:
-    """DPM-Solver++ (3S): `dpm_3s` on x0-predictions [DPM-Solver++ app. B]."""
+    """DPM-Solver++ (3S): `dpm_3s` on x0-predictions [DPM-Solver alg. 2, DPM-Solver++ prop. 4.1]."""
     return _singlestep(3, "x0", denoiser, x_T, timesteps, callback)
 
 # %% ../nbs/05b_solvers.ipynb #ec57066c
 def dpmpp_2m_sde(denoiser: Denoiser, x_T: Tensor, timesteps: Sequence[int], *, generator=None, callback=None) -> Tensor:
-    """`dpmpp_2m` on the reverse SDE: old noise decays twice as fast, and fresh noise fills the gap [DPM-Solver++ eq. 18].
+    """`dpmpp_2m` on the reverse SDE: old noise decays twice as fast, and fresh noise fills the gap [SDE-DPM-Solver++ (2M)].
 
     Its first step and its last, which draws nothing, are first order. `generator` is None, one torch.Generator, or one
     per image; the rest and `Raises` as in `walk`.
@@ -271,7 +271,7 @@ def unipc_2(denoiser: Denoiser, x_T: Tensor, timesteps: Sequence[int], *, varian
             generator=None, callback=None) -> Tensor:
     """UniPC through two predictions: UniP-2, of order 2, raised to 3 by UniC-2 at no evaluation more [UniPC alg. 1].
 
-    `variant` "bh1" or "bh2" [UniPC sec. 3.1]; `corrector` "none" leaves UniP-2, which is `dpmpp_2m`. The callback's states
+    `variant` "bh1" or "bh2" [UniPC sec. 3]; `corrector` "none" leaves UniP-2, which is `dpmpp_2m`. The callback's states
     are the predicted ones, where the network is asked. Draws nothing; the rest and `Raises` as in `walk`.
     """
     return _unipc(2, denoiser, x_T, timesteps, callback, variant, corrector)

@@ -289,7 +289,7 @@ def test_stochastic_samplers_reach_the_data(name, S, options):
 
 
 def test_2m_sde_on_gaussian_data_has_the_moments_of_its_formula():
-    """One interior step from a known state: mean and variance in closed form [DPM-Solver++ eq. 18]."""
+    """One interior step from a known state: mean and variance in closed form."""
     step_from, step_to, x0 = 600, 300, 0.4
     denoiser = Denoiser(lambda x, t: torch.full_like(x, x0), SCHEDULE, "x0")
     x = torch.full((40_000, 1), 1.3).double()
@@ -327,7 +327,8 @@ def make_theirs(name, kind, steps):
 
     Their spacing rules differ among themselves (S + 1 points without the last for DPM-Solver and UniPC, fractions for
     Euler's linspace, T // S in "leading"), so both sides get our steps. Where `set_timesteps` takes no list, the two
-    attributes that it would fill are filled here.
+    attributes that it would fill are filled here. Their table of noise levels is rounded to float32, which Heun's second
+    slope divides by the smallest of them; it is replaced by the same levels in float64 (UniPC's solve wants float32).
     """
     diffusers = pytest.importorskip("diffusers")
     class_name, settings = LIBRARY[name]
@@ -337,9 +338,14 @@ def make_theirs(name, kind, steps):
         scheduler.set_timesteps(timesteps=steps)
     else:
         scheduler.set_timesteps(len(steps))
-        acp = scheduler.alphas_cumprod[steps].double()
         scheduler.timesteps = torch.tensor(steps, dtype=scheduler.timesteps.dtype)
-        scheduler.sigmas = torch.cat([((1 - acp) / acp).sqrt(), torch.zeros(1)]).float()
+    acp = SCHEDULE.alphas_cumprod[steps].double()
+    levels = ((1 - acp) / acp).sqrt()
+    if name == "heun":
+        levels = torch.cat([levels[:1], levels[1:].repeat_interleave(2)])
+    levels = torch.cat([levels, scheduler.sigmas[-1:].double()])  # ends at 0, or at sigma_min
+    assert len(levels) == len(scheduler.sigmas)
+    scheduler.sigmas = levels.float() if "UniPC" in class_name else levels
     if "Singlestep" in class_name:
         ours = [k + 1 for size in block_sizes(len(steps), settings["solver_order"]) for k in range(size)]
         same = scheduler.order_list == ours
@@ -353,15 +359,15 @@ def their_states(name, scheduler, model, x, steps):
     """Drive a scheduler by hand; every state after x_T, in our coordinates."""
     acp, path = SCHEDULE.alphas_cumprod.double(), []
     if name in SIGMA_SPACE:
-        x = x / acp[steps[0]].sqrt().float()
+        x = x / acp[steps[0]].sqrt()
     for t in scheduler.timesteps:
         asked = scheduler.scale_model_input(x, t)
-        x = scheduler.step(model(asked, t.expand(len(x))), t, x).prev_sample
+        x = scheduler.step(model(asked, t.long().expand(len(x))), t, x).prev_sample
         path.append(x)
     if name == "heun":
         path = [*path[1:-1:2], path[-1]] if len(steps) > 1 else path
     if name in SIGMA_SPACE:
-        path = [x * acp[t].sqrt().float() for x, t in zip(path, steps[1:])] + path[-1:]
+        path = [x * acp[t].sqrt() for x, t in zip(path, steps[1:])] + path[-1:]
     return path
 
 
@@ -638,8 +644,9 @@ def check_no_memory(module):
 
 def check_seeds(module):
     for name in ("euler_a", "dpmpp_2m_sde"):
-        run = lambda seed, n: getattr(module, name)(IDEAL, START[:1].expand(n, 2), timesteps(5, T), generator=make_generators(seed, n))
-        assert torch.equal(run(4, 3)[2], run(6, 1)[0]), name
+        batch, alone = (getattr(module, name)(IDEAL, START[:1].expand(n, 2), timesteps(5, T), generator=make_generators(seed, n))
+                        for seed, n in ((4, 3), (6, 1)))
+        assert torch.equal(batch[2], alone[0]), name
 
 
 def check_moments_of_euler_a(module):
