@@ -138,7 +138,7 @@ class Sample:
     out: Path = Path("runs/samples")  # folder for the pictures
     n: int = 1  # pictures of each prompt
     steps: int = 20  # network evaluations
-    sampler: str = "dpmpp_2m"  # ddpm, ddim or dpmpp_2m
+    sampler: str = "dpmpp_2m"  # dpmpp_2m, ddim, unipc_3, heun, ...: a wrong name lists them all
     guidance_scale: float | None = None  # 1 is off; the model's own by default
     guidance_rescale: float = 0.0  # tempers guidance: 0 is off, 0.7 the usual value of v-models, at most 1
     guidance_interval: tuple[int, int] | None = None  # guide only at steps low <= t < high; all by default

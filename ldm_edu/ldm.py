@@ -31,6 +31,7 @@ from .objective import PREDICTIONS
 from .samplers import Denoiser
 from .samplers import sample as run_sampler
 from .schedule import ScheduleConfig, schedule_from_config
+from .solvers import SAMPLERS  # importing `solvers` puts every sampler into the registry
 from .unet import UNet, UNetConfig
 
 # %% ../nbs/14_ldm.ipynb #d658349d
