@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LDMConfig', 'LatentSpace', 'latent_shape', 'ConditionalUNet', 'encode_condition', 'draw_latents', 'evaluating',
-           'LatentDiffusion', 'build', 'save', 'pretrained_folders', 'pretrained_names', 'find_model', 'load_state',
-           'load', 'load_first_stage']
+           'tell_training', 'LatentDiffusion', 'build', 'save', 'pretrained_folders', 'pretrained_names', 'find_model',
+           'load_state', 'load', 'load_first_stage']
 
 # %% ../nbs/14_ldm.ipynb #1a70500c
 """The latent diffusion model: a frozen first stage, a scale factor, a conditioned UNet, and a folder to keep them in.
@@ -164,12 +164,26 @@ def evaluating(module: nn.Module):
         module.train(was_training)
 
 # %% ../nbs/14_ldm.ipynb #659d9654
+def tell_training(card: Mapping) -> str:
+    """A card's trainings in words, the oldest first: steps, batch size, minutes, hardware."""
+    if "steps" not in card:
+        return "no card"
+    before = [tell_training(card["started_from"])] if card.get("started_from") else []
+    own = f"{card['steps']:,} steps of {card['batch_size']} in {card['minutes']} minutes on {card['hardware']}"
+    return ", then ".join([*before, own])
+
+
 class LatentDiffusion(LatentSpace):
     """Diffusion in the latent space of a frozen first stage [Rombach et al. 2022, Sec. 3]."""
 
     def __init__(self, config: LDMConfig, first_stage: AutoencoderKL, net: ConditionalUNet, card: dict | None = None):
         super().__init__(config, first_stage)
         self.net, self.card, self.schedule = net, card or {}, schedule_from_config(config.schedule)
+
+    @property
+    def history(self) -> str:
+        """How the weights came to be, as their card says."""
+        return tell_training(self.card)
 
     def denoiser(self, condition: Condition, null: Condition, guidance_scale: float = 1.0, rescale: float = 0.0,
                  interval: tuple[int, int] | None = None) -> Denoiser:

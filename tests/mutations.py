@@ -72,7 +72,6 @@ WAITING = (
     Waiting(8, "losses", ("ldm_edu/losses.py",)),
     Waiting(9, "losses", ("ldm_edu/losses.py",)),
     Waiting(10, "quantize", ("ldm_edu/quantize.py",)),
-    Waiting(19, "metrics", ("ldm_edu/metrics.py",)),
     Waiting(22, "inpainting", ("nbs/19_inpainting.ipynb", "ldm_edu/inpainting.py")),
 )
 
@@ -118,7 +117,7 @@ MUTATIONS = (
        "_cat(null, condition)", "_cat(condition, null)", "test_guidance.py::test_one_doubled_batch_equals_two_calls"),
     _m(4, "a weight of the Ho and Salimans convention is taken as it is", "guidance",
        '"ho": (1.0,', '"ho": (0.0,', "test_guidance.py::test_conventions"),
-    _m(4, "a scale of 0 gives the conditional prediction", "guidance.GuidedModel.__call__",
+    _m(4, "a scale of 0 gives the conditional prediction", "guidance.GuidedModel.guided",
        "self.condition if self.guidance_scale == 1", "self.condition if self.guidance_scale == 0",
        "test_guidance.py::test_scale_one_is_the_conditional_and_zero_the_unconditional"),
     # 5 DDIM's direction
@@ -136,10 +135,10 @@ MUTATIONS = (
     _m(6, "linspace steps are cut off instead of rounded, and miss T - 1", "samplers.timesteps",
        "round(Fraction((T - 1) * (gaps - k), gaps))", "T * (gaps - k) // (gaps + 1)",
        "test_samplers.py::test_exactly_S_steps_for_every_S"),
-    _m(6, "steps equal in log-SNR repeat", "samplers.log_snr_timesteps",
-       "max(min(nearest, chosen[-1] - 1), S - 1 - k)", "nearest", "test_samplers.py::test_log_snr_steps"),
+    _m(6, "steps equal in log-SNR repeat", "samplers._steps_near",
+       "falling(first +", "list(first +", "test_samplers.py::test_log_snr_steps"),
     _m(6, "the walk makes one evaluation less than it was asked for", "samplers.walk",
-       "pairwise([*steps, -1])", "pairwise(steps or [*steps, -1])", "test_samplers.py::test_exactly_S_evaluations_for_every_S"),
+       "pairwise([*steps, -1])", "pairwise(steps or [*steps, -1])", "test_samplers.py::test_evaluations_for_every_S"),
     # 7 the end of the walk
     _m(7, "the last step ends at alphas_cumprod[0]", "samplers.Denoiser.acp",
        "1.0 if t == -1", "self.table[0] if t == -1", "test_samplers.py::test_clean_end"),
@@ -284,8 +283,15 @@ MUTATIONS = (
        "test_folders.py::test_center_crop_takes_the_centre"),
     _m(19, "low-resolution pairs are made without a filter", "data.degrade",
        "antialias=True", "antialias=False", "test_data.py::test_low_resolution_is_the_antialiased_bicubic_of_the_image"),
-    _m(19, "PSNR measures pictures in [-1, 1] as if they were in [0, 1]", "autoencoder.psnr",
+    _m(19, "PSNR measures pictures in [-1, 1] as if they were in [0, 1]", "metrics.psnr",
        "data_range: float = 2.0", "data_range: float = 1.0", "test_autoencoder.py::test_psnr_and_ssim_against_numpy"),
+    _m(19, "statistics of differently prepared pictures are compared", "metrics.check_comparable",
+       "if differing:", "if len(differing) > 9:", "test_metrics.py::test_other_provenance_is_never_compared"),
+    _m(19, "pictures are shrunk for the features without antialiasing", "features.preprocess",
+       "antialias=True", "antialias=False", "test_evaluation.py::test_preprocess_crops_the_centre_and_antialiases"),
+    _m(19, "pictures are cut at the corner for the features, not at the centre", "features.preprocess",
+       "top, left = (height - side) // 2, (width - side) // 2", "top, left = 0, 0",
+       "test_evaluation.py::test_preprocess_crops_the_centre_and_antialiases"),
     # 20 in place
     _m(20, "noising a picture overwrites it", "schedule.NoiseSchedule.add_noise",
        "(acp.sqrt() * x0 + (1 - acp).sqrt() * eps)", "x0.mul_(acp.sqrt()).add_((1 - acp).sqrt() * eps)",
