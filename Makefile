@@ -6,7 +6,7 @@ OUT ?= runs/demo
 STAMP := $(VENV)/.installed
 NEEDED_GB := 9
 
-.PHONY: help demo test lab export check lint-lessons weights clean-runs setup
+.PHONY: help demo test lab export check mutations lint-lessons weights clean-runs setup
 .DEFAULT_GOAL := help
 
 help:  ## say what can be made
@@ -50,6 +50,9 @@ check: $(STAMP)  ## the fast gate: export in sync, orphans, ids, sizes, import D
 lint-lessons: $(STAMP)  ## the lessons' measures against the house style, as a table
 	@$(BIN)/python tests/lesson_measures.py
 
+mutations: $(STAMP)  ## inject the field's known bugs into copies of the library; a test must catch each
+	@$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_mutations.py
+
 # The lessons run at full length, so that what is checked is what the committed outputs show.
 # Every process of the tests refuses connections that leave the machine (tests/offline/sitecustomize.py).
 test: $(STAMP)  ## everything: the gate, all lessons, all tests, coverage; offline
@@ -57,10 +60,12 @@ test: $(STAMP)  ## everything: the gate, all lessons, all tests, coverage; offli
 	@PYTHONPATH="$(CURDIR)/tests/offline" HF_HUB_OFFLINE=1 LDM_EDU_PROFILE=cpu OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m pytest -n 2 --dist worksteal --cov=ldm_edu --cov-report=term --cov-fail-under=90 $(ARGS)
 
-weights: $(STAMP)  ## train the shipped models again (an hour and a half on two cores) into data/pretrained
+weights: $(STAMP)  ## train the shipped models again (two hours on two cores) into data/pretrained
 	@$(BIN)/ldm-edu train-features --out data/pretrained/scenes-features --overwrite
 	@$(BIN)/ldm-edu train-autoencoder --recipe kl-f4-tiny --out runs/weights/scenes-kl-f4
-	@$(BIN)/ldm-edu train --recipe text-tiny --items 30000 --first-stage runs/weights/scenes-kl-f4 --out runs/weights/scenes-text
+	@$(BIN)/ldm-edu train --recipe text-tiny --items 30000 --first-stage runs/weights/scenes-kl-f4 --out runs/weights/scenes-words
+	@$(BIN)/ldm-edu train --recipe text-relations --items 40000 --relations 0.75 --first-stage runs/weights/scenes-kl-f4 \
+	  --start-from runs/weights/scenes-words --out runs/weights/scenes-text
 	@for name in scenes-kl-f4 scenes-text; do \
 	  $(BIN)/ldm-edu pack --model runs/weights/$$name --out data/pretrained/$$name --measures.seed 1234 --overwrite; done
 

@@ -287,6 +287,10 @@ class Scenes(Dataset):
         """The objects of scenes `indices` as arrays."""
         return draw_layout(self.key, _check_indices(indices, self.n)[0], self.objects, *self.extent, self.split)
 
+    def captions(self) -> list[str]:
+        """All captions, without drawing a picture."""
+        return Scenes((self.height, self.width), self.n, self.split, self.seed, self.objects, ("caption",)).render(range(self.n))["caption"]
+
     def facts(self, index: int) -> list[SceneObject]:
         """The truth about scene `index`: its objects, front to back; object 0 is the main one."""
         return layout_objects(self.layout([index]), 0, *self.extent)

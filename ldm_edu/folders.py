@@ -363,6 +363,7 @@ class Part(Subset):
         self.class_names, self.flip_safe = getattr(dataset, "class_names", None), getattr(dataset, "flip_safe", False)
         for key in ("names", "labels", "captions", "sizes"):
             values = getattr(dataset, key, None)
+            values = values() if callable(values) else values
             setattr(self, key, [values[i] for i in self.indices] if isinstance(values, list) else None)
 
     def items(self, indices: Sequence[int], size=None) -> list[dict]:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LDMConfig', 'LatentSpace', 'latent_shape', 'ConditionalUNet', 'encode_condition', 'draw_latents', 'evaluating',
-           'LatentDiffusion', 'build', 'save', 'pretrained_folders', 'pretrained_names', 'find_model', 'load_state',
-           'load', 'load_first_stage']
+           'tell_training', 'LatentDiffusion', 'build', 'save', 'pretrained_folders', 'pretrained_names', 'find_model',
+           'load_state', 'load', 'load_first_stage']
 
 # %% ../nbs/14_ldm.ipynb #1a70500c
 """The latent diffusion model: a frozen first stage, a scale factor, a conditioned UNet, and a folder to keep them in.
@@ -31,6 +31,7 @@ from .objective import PREDICTIONS
 from .samplers import Denoiser
 from .samplers import sample as run_sampler
 from .schedule import ScheduleConfig, schedule_from_config
+from .solvers import SAMPLERS  # importing `solvers` puts every sampler into the registry
 from .unet import UNet, UNetConfig
 
 # %% ../nbs/14_ldm.ipynb #d658349d
@@ -163,6 +164,15 @@ def evaluating(module: nn.Module):
         module.train(was_training)
 
 # %% ../nbs/14_ldm.ipynb #659d9654
+def tell_training(card: Mapping) -> str:
+    """A card's trainings in words, the oldest first: steps, batch size, minutes, hardware."""
+    if "steps" not in card:
+        return "no card"
+    before = [tell_training(card["started_from"])] if card.get("started_from") else []
+    own = f"{card['steps']:,} steps of {card['batch_size']} in {card['minutes']} minutes on {card['hardware']}"
+    return ", then ".join([*before, own])
+
+
 class LatentDiffusion(LatentSpace):
     """Diffusion in the latent space of a frozen first stage [Rombach et al. 2022, Sec. 3]."""
 
@@ -170,19 +180,26 @@ class LatentDiffusion(LatentSpace):
         super().__init__(config, first_stage)
         self.net, self.card, self.schedule = net, card or {}, schedule_from_config(config.schedule)
 
-    def denoiser(self, condition: Condition, null: Condition, guidance_scale: float = 1.0) -> Denoiser:
-        """What a sampler calls: this UNet under a condition, guided away from `null`."""
-        guided = GuidedModel(self.net.denoise, condition.to(self.device), null.to(self.device), guidance_scale)
+    @property
+    def history(self) -> str:
+        """How the weights came to be, as their card says."""
+        return tell_training(self.card)
+
+    def denoiser(self, condition: Condition, null: Condition, guidance_scale: float = 1.0, rescale: float = 0.0,
+                 interval: tuple[int, int] | None = None) -> Denoiser:
+        """What a sampler calls: this UNet under a condition, guided away from `null` (see `guidance.GuidedModel`)."""
+        guided = GuidedModel(self.net.denoise, condition.to(self.device), null.to(self.device), guidance_scale, rescale, interval)
         return Denoiser(guided, self.schedule.to(self.device), self.config.prediction)
 
     @torch.no_grad()
     def sample(self, prompts=None, *, batch: Mapping | None = None, n: int | None = None, steps: int = 20,
-               sampler: str = "dpmpp_2m", guidance_scale: float | None = None, seed: int | Sequence[int] = 0, size=None,
-               negative=None, batch_size: int = 64, decode: bool = True, **options) -> Tensor:
+               sampler: str = "dpmpp_2m", guidance_scale: float | None = None, guidance_rescale: float = 0.0,
+               guidance_interval: tuple[int, int] | None = None, seed: int | Sequence[int] = 0, size=None, negative=None, batch_size: int = 64, decode: bool = True, **options) -> Tensor:
         """Draw images (n, 3, h, w), float32 in [-1, 1] on the CPU; image i depends on its prompt and `seed + i` alone.
 
         `prompts`: one per image, or one for all `n` (strings, or whatever the conditioner takes); or `batch`: what
-        training batches hold; neither draws `n` unconditional images. `guidance_scale`: 1 is off, None the model's own.
+        training batches hold; neither draws `n` unconditional images. `guidance_scale`: 1 is off, None the model's own;
+        `guidance_rescale` in [0, 1] tempers it (0 is off), `guidance_interval` (low, high) limits it to low <= t < high.
         `size`: pixels, int or (h, w). `negative`: prompts to push away from, in place of the null condition.
         `decode=False` returns scaled latents. Other options (callback, spacing, eta, ...) go to `samplers.sample`.
         Raises ValueError for bad prompts, sizes, steps, sampler names and counts, saying what was expected.
@@ -192,7 +209,7 @@ class LatentDiffusion(LatentSpace):
             null = self.net.conditioner.null(count) if negative is None else encode_condition(self.net.conditioner, negative, count)[0]
             asked = len(condition) > 0 and not (prompts is None and batch is None and negative is None)
             scale = (self.config.guidance_scale if guidance_scale is None else guidance_scale) if asked else 1.0
-            denoiser_of = lambda i, j: self.denoiser(condition.rows(i, j), null.rows(i, j), scale)
+            denoiser_of = lambda i, j: self.denoiser(condition.rows(i, j), null.rows(i, j), scale, guidance_rescale, guidance_interval)
             return draw_latents(denoiser_of, latent_shape(self.config, size), make_generators(seed, count), batch_size, steps,
                                 sampler, self.decode if decode else lambda z: z, device=self.device, **options)
 

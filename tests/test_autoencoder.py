@@ -189,6 +189,13 @@ def test_mutation_groupnorm_eps(reference):
     assert norms and all(layer.eps == 1e-6 for layer in norms)
 
 
+def test_every_group_norm_has_the_published_epsilon():
+    """Bug 16: 1e-6 everywhere in a first stage, attention included; the UNet has 1e-5."""
+    config = dataclasses.replace(SMALL, attention_levels=(2,))
+    norms = {name: layer.eps for name, layer in AutoencoderKL(config).named_modules() if isinstance(layer, nn.GroupNorm)}
+    assert len(norms) > 20 and set(norms.values()) == {1e-6}, norms
+
+
 def test_mutation_symmetric_padding(reference, monkeypatch):
     """Bug 17: the asymmetric padding before a stride-2 convolution lost."""
     monkeypatch.setattr(
@@ -252,6 +259,13 @@ def test_sample_is_reparameterised():
     z.sum().backward()
     assert_close(mean.grad, torch.ones_like(mean))
     assert_close(logvar.grad, 0.5 * math.e * eps)
+
+
+def test_drawing_leaves_the_posterior_as_it_was():
+    mean, logvar = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    before, posterior = mean.clone(), DiagonalGaussian(mean, logvar)
+    first, second = (posterior.sample(make_generators(7, 3)) for _ in range(2))
+    assert torch.equal(first, second) and torch.equal(mean, before) and torch.equal(posterior.mode(), before)
 
 
 def test_sample_does_not_depend_on_the_batch():

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from ldm_edu import cli, recipes
+from ldm_edu.captions import parse_caption
 from ldm_edu.data import Scenes
 from ldm_edu.ldm import load, load_first_stage
 from ldm_edu.schedule import ScheduleConfig
@@ -103,6 +104,8 @@ def test_sample_writes_pictures_and_never_over_others(runs, capsys):
     before = (out / "sheet.png").read_bytes()
     assert cli.main(args) == 2 and "holds samples already" in capsys.readouterr().err
     assert cli.main([*args, "--overwrite", "--seed", "3"]) == 0 and (out / "sheet.png").read_bytes() != before
+    assert cli.main([*args, "--overwrite", "--guidance-scale", "3", "--guidance-rescale", "0.7", "--guidance-interval", "100", "900"]) == 0
+    assert json.loads((out / "samples.json").read_text())["guidance_interval"] == [100, 900]
 
 
 def test_evaluate_prints_and_writes(runs, capsys):
@@ -124,6 +127,7 @@ def test_evaluate_prints_and_writes(runs, capsys):
     (["sample", "a red circle", "--model", "TEXT", "--steps", "1001"], "1001"),
     (["sample", "a red circle", "--model", "TEXT", "--sampler", "euler9"], "euler9.*ddim"),
     (["sample", "a red circle", "--model", "TEXT", "--size", "20", "20"], "20x20"),
+    (["sample", "a red circle", "--model", "TEXT", "--guidance-scale", "2", "--guidance-rescale", "2"], "rescale: got 2"),
     (["sample", "a red circle", "--model", "nowhere"], "nowhere.*expected"),
     (["sample", "a red circle", "--model", "AE"], "first-stage"),
     (["train", "--recipe", "txt-tiny"], "txt-tiny.*text-tiny"),
@@ -226,3 +230,25 @@ def test_demo_makes_its_report(tmp_path, monkeypatch, capsys):
     page = (tmp_path / "demo" / "report.html").read_text()
     assert page.count("data:image/png;base64") == 5 and "http" not in page
     assert "Try next" in capsys.readouterr().out
+
+
+def test_relations_sets_the_share_of_related_pairs():
+    make = lambda split, n: Scenes(16, n=n, split=split, objects=(1, 2), fields=("image", "caption"))
+    for share in (0.0, 0.5, 0.8):
+        part = cli.with_relations(make, 100, share)
+        captions = [part[i]["caption"] for i in range(100)]
+        assert sum(parse_caption(c).relation is not None for c in captions) == round(100 * share) and len(set(part.indices)) == 100
+    assert cli.with_relations(make, 100, 0.5).fingerprint() == cli.with_relations(make, 100, 0.5).fingerprint()
+    with pytest.raises(ValueError, match="got 1.5"):
+        cli.with_relations(make, 100, 1.5)
+    singles = lambda split, n: Scenes(16, n=n, split=split, objects=(1, 1), fields=("image", "caption"))
+    with pytest.raises(ValueError, match="got 0 scenes with a relation"):
+        cli.with_relations(singles, 100, 0.5)
+
+
+def test_train_goes_on_from_a_model(runs, tmp_path):
+    args = ["train", "--first-stage", str(runs / "ae"), "--items", "32", "--steps", "2", "--batch-size", "4", "--size", "16", "--relations", "0.5",
+            "--recipe", "text-relations", "--reading-steps", "1", "--start-from", str(runs / "text"), "--out", str(tmp_path / "more")]
+    assert cli.main(args) == 0
+    card = load(tmp_path / "more").card
+    assert card["started_from"]["steps"] == 3 and card["reading_steps"] == 1 and "of Scenes, 160 items" in card["data"]

@@ -172,6 +172,14 @@ def test_special_pieces_come_first(tokenizer):
     assert row[0] == CLS and row[-1] == SEP and row == tokenizer.encode("a réd circle")
 
 
+def test_an_encoded_caption_belongs_to_its_caller(tokenizer):
+    """The tokenizer remembers captions; padding a row in place must not change what it remembers."""
+    row = tokenizer.encode("a red circle")
+    before = list(row)
+    row += [PAD, PAD]
+    assert tokenizer.encode("a red circle") == before
+
+
 def test_special_pieces_cannot_be_typed(tokenizer):
     assert tokenizer.encode("[SEP]").count(SEP) == 1 and tokenizer.encode("a [PAD] ring").count(PAD) == 0
 

@@ -89,6 +89,14 @@ def test_noise_of_an_image_does_not_depend_on_its_batch():
         core.make_generators([1, 2], 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_seed_means_the_same_noise_in_every_precision(dtype):
+    single = core.randn((2, 3), core.make_generators(5, 2))
+    torch.testing.assert_close(core.randn((2, 3), core.make_generators(5, 2), dtype=dtype), single.to(dtype), rtol=0, atol=0)
+    one = torch.Generator().manual_seed(5)
+    torch.testing.assert_close(core.randn((2, 3), one, dtype=dtype), core.randn((2, 3), one.manual_seed(5)).to(dtype), rtol=0, atol=0)
+
+
 def test_files_are_whole_or_untouched(tmp_path):
     path = core.write_json(tmp_path / "deep" / "a.json", {"a": 1})
     assert core.read_json(path) == {"a": 1}

@@ -6,7 +6,18 @@ import torch
 from torch.testing import assert_close
 
 from ldm_edu.core import make_generators
-from ldm_edu.guidance import CONVENTIONS, GuidedModel, drop_condition, drop_mask, guide, to_guidance_scale
+from ldm_edu.guidance import (
+    CONVENTIONS,
+    GuidedModel,
+    drop_condition,
+    drop_mask,
+    guide,
+    rescale_guidance,
+    to_guidance_scale,
+)
+from ldm_edu.oracle import GaussianMixture, flow_log_prob, tilted_density
+from ldm_edu.samplers import Denoiser, ddim, timesteps
+from ldm_edu.schedule import make_schedule
 
 
 class Rows:
@@ -149,6 +160,121 @@ def test_null_is_needed_and_must_fit(setting):
         GuidedModel(Recorder(), setting[2], guidance_scale=2.0)
     with pytest.raises(ValueError, match="null: got 1 rows, expected 5"):
         GuidedModel(Recorder(), setting[2], setting[3][:1], 2.0)
+
+
+# ---------------------------------------------------------------- rescale
+def pictures(dtype=torch.float32):
+    g = torch.Generator().manual_seed(3)
+    e_u, e_c = torch.randn(2, 4, 3, 8, 8, generator=g).unbind(0)
+    return guide(e_u, e_c, 7.5).to(dtype), e_c.to(dtype)
+
+
+def test_rescale_against_the_papers_lines():
+    """Lin et al. 2023, eq. 15-16, written out per image with Python numbers."""
+    guided, e_c = pictures(torch.float64)
+    for phi in (0.3, 0.7):
+        out = rescale_guidance(guided, e_c, phi)
+        for i in range(4):
+            rescaled = guided[i] * (e_c[i].std().item() / guided[i].std().item())
+            assert_close(out[i], phi * rescaled + (1 - phi) * guided[i], rtol=1e-9, atol=1e-12)
+
+
+def test_rescale_limits():
+    guided, e_c = pictures()
+    before = guided.clone(), e_c.clone()
+    assert torch.equal(rescale_guidance(guided, e_c, 0.0), guided)
+    assert_close(rescale_guidance(guided, e_c, 1.0).flatten(1).std(1), e_c.flatten(1).std(1))
+    assert_close(rescale_guidance(e_c, e_c, 0.7), e_c)
+    assert (guided.flatten(1).std(1) > 2 * e_c.flatten(1).std(1)).all(), "there was something to rescale"
+    assert torch.equal(guided, before[0]) and torch.equal(e_c, before[1])
+    assert rescale_guidance(torch.zeros(2, 3), torch.randn(2, 3), 0.7).isfinite().all(), "a constant has no spread"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_rescale_keeps_the_dtype_and_each_row_its_own(dtype):
+    guided, e_c = pictures(dtype)
+    out = rescale_guidance(guided, e_c, 0.7)
+    assert out.dtype == dtype and out.shape == guided.shape
+    assert torch.equal(out[2:3], rescale_guidance(guided[2:3], e_c[2:3], 0.7))
+
+
+@pytest.mark.parametrize("scale, rows", [(1.0, [5]), (0.0, [10]), (4.0, [10])])
+def test_guided_model_rescales(setting, scale, rows):
+    x, t, condition, null = setting
+    model = Recorder()
+    out = GuidedModel(model, condition, null, scale, rescale=0.7)(x, t)
+    assert model.sizes == rows, "at scale 0 the conditional spread has to be asked for"
+    e_c = model(x, t, condition)
+    assert_close(out, rescale_guidance(guide(model(x, t, null), e_c, scale), e_c, 0.7))
+    assert torch.equal(GuidedModel(model, condition, null, scale, rescale=0.0)(x, t), GuidedModel(model, condition, null, scale)(x, t))
+
+
+# ---------------------------------------------------------------- interval
+@pytest.mark.parametrize("wrap", [lambda c: c, Rows], ids=["tensor", "object"])
+def test_interval_by_step(setting, wrap):
+    x, _, condition, null = setting
+    for t, inside in ((99, False), (100, True), (399, True), (400, False)):
+        steps, model = torch.full((5,), t), Recorder()
+        out = GuidedModel(model, wrap(condition), wrap(null), 4.0, interval=(100, 400))(x, steps)
+        assert model.sizes == [10 if inside else 5], f"t = {t}: rows of network"
+        wanted = guide(model(x, steps, null), model(x, steps, condition), 4.0 if inside else 1.0)
+        assert_close(out, wanted)
+
+
+def test_interval_limits(setting):
+    x, t, condition, null = setting
+    model = Recorder()
+    plain, guided = GuidedModel(model, condition), GuidedModel(model, condition, null, 4.0)
+    assert torch.equal(GuidedModel(model, condition, null, 4.0, interval=(0, 1000))(x, t), guided(x, t))
+    for empty in ((0, 0), (3, 3), (700, 900)):
+        model.sizes.clear()
+        assert torch.equal(GuidedModel(model, condition, null, 4.0, interval=empty)(x, t), plain(x, t))
+        assert model.sizes == [5, 5]
+    assert torch.equal(GuidedModel(model, condition, null, 1.0, interval=(0, 3))(x, t), plain(x, t))
+
+
+@pytest.mark.parametrize("scale, rescale", [(0.0, 0.0), (4.0, 0.0), (4.0, 0.7)])
+def test_interval_where_rows_differ(setting, scale, rescale):
+    """Training-like batches: each row is treated as it would be alone."""
+    x, t, condition, null = setting
+    options = {"guidance_scale": scale, "rescale": rescale, "interval": (3, 5)}
+    out = GuidedModel(Recorder(), condition, null, **options)(x, t)
+    for i in range(5):
+        alone = GuidedModel(Recorder(), condition[i : i + 1], null[i : i + 1], **options)(x[i : i + 1], t[i : i + 1])
+        assert_close(out[i], alone[0])
+
+
+def test_network_rows_of_a_walk():
+    """40 of 100 steps in the interval: 100 + 40 rows a sample, where guidance at all steps needs 200."""
+    model, schedule = Recorder(), make_schedule()
+    x, condition, null = torch.randn(3, 2), torch.randn(3, 2), torch.zeros(3, 2)
+    for interval, rows in ((None, 200), ((0, 1000), 200), ((0, 0), 100), ((200, 600), 140)):
+        model.sizes.clear()
+        ddim(Denoiser(GuidedModel(model, condition, null, 2.0, interval=interval), schedule), x, timesteps(100, 1000))
+        assert sum(model.sizes) == 3 * rows, interval
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"rescale": -0.1}, "rescale: got -0.1"), ({"rescale": 1.5}, "rescale: got 1.5"), ({"rescale": math.nan}, "rescale: got nan"),
+    ({"interval": (5, 3)}, r"interval: got \(5, 3\), expected two steps"), ({"interval": (-1, 3)}, "interval: got"),
+    ({"interval": (1, 2, 3)}, "interval: got"), ({"interval": (math.nan, 3)}, "interval: got"),
+])
+def test_option_errors(setting, options, message):
+    with pytest.raises(ValueError, match=message):
+        GuidedModel(Recorder(), setting[2], setting[3], 2.0, **options)
+
+
+def test_guidance_does_not_sample_the_tilted_density():
+    """The exact density that a guided ODE makes of noise, against p(x) p(y|x)^s: equal at s = 0 and 1, far apart above."""
+    world = GaussianMixture(torch.tensor([[-0.8, 0.0], [0.8, 0.0]]), 0.5, labels=torch.tensor([0, 1]))
+    axis = (torch.arange(32).double() + 0.5) / 4 - 4
+    gaps = {}
+    for s in (0.0, 1.0, 3.0):
+        velocity = lambda x, acp, s=s: guide(world.v(x, acp), world.given(1).v(x, acp), s)
+        made = flow_log_prob(velocity, torch.cartesian_prod(axis, axis), 0.0, steps=25).exp().reshape(32, 32) / 16
+        assert abs(made.sum() - 1) < 5e-3
+        gaps[s] = 0.5 * (made - tilted_density(world, 1, s, axis)).abs().sum().item()
+    assert max(gaps[0.0], gaps[1.0]) < 5e-3 < 0.15 < gaps[3.0], gaps
 
 
 def test_drop_mask_frequency_limits_and_given_values():

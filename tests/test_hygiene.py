@@ -14,9 +14,9 @@ LIBRARY = ROOT / "ldm_edu"
 # Nothing imports upward: a module may import modules of its own level or below, without cycles.
 LEVELS = {
     0: "core drawing captions data schedule folders viz checkpoint runs",
-    1: "objective attention samplers guidance grader features metrics",
+    1: "objective attention samplers solvers guidance grader oracle features metrics",
     2: "unet autoencoder conditioning evaluation",
-    3: "ldm training",
+    3: "ldm training reading",
     4: "recipes",
     5: "demo",
     6: "cli widgets",

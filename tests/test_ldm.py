@@ -10,8 +10,9 @@ import torch
 import ldm_edu
 from ldm_edu import ldm as L
 from ldm_edu.autoencoder import AutoencoderConfig
-from ldm_edu.conditioning import ClassConditioner, ClassConfig, NoCondition
+from ldm_edu.conditioning import ClassConditioner, ClassConfig, Condition, NoCondition
 from ldm_edu.data import Scenes
+from ldm_edu.objective import PREDICTIONS
 from ldm_edu.schedule import ScheduleConfig
 from ldm_edu.unet import UNetConfig
 
@@ -51,6 +52,44 @@ def test_an_image_depends_on_its_seed_and_prompt_alone():
     assert (many[1] - many[3]).abs().max() > 1e-3, "other seeds, other pictures"
 
 
+def test_dropped_rows_see_the_null_condition_and_the_others_their_own():
+    """Condition dropout in training: bug 12, and its mirror image."""
+    net, generator = tiny().net, torch.Generator().manual_seed(0)
+    x_t, t, batch = torch.randn(4, 4, 4, 4, generator=generator), torch.tensor([3, 50, 7, 99]), {"label": torch.tensor([0, 1, 2, 1])}
+    drop = torch.tensor([True, False, False, True])
+    with torch.no_grad():
+        own, null, mixed = net(x_t, t, batch), net.denoise(x_t, t, net.conditioner.null(4)), net(x_t, t, batch, drop)
+    assert (own - null).abs().amax(dim=(1, 2, 3)).min() > 1e-3, "the conditions show"
+    torch.testing.assert_close(mixed[drop], null[drop], atol=1e-5, rtol=0)
+    torch.testing.assert_close(mixed[~drop], own[~drop], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_sampler_reads_the_network_as_what_it_was_trained_for(prediction):
+    model = tiny(prediction=prediction)
+    condition, x_t = model.net.conditioner.null(2), torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    denoiser = model.denoiser(condition, condition)
+    with torch.no_grad():
+        raw, told = model.net.denoise(x_t, torch.tensor([60, 60]), condition), denoiser(x_t, 60)
+    acp = model.schedule.alphas_cumprod[60]
+    expected = {"eps": told.eps, "x0": told.x0, "v": acp.sqrt() * told.eps - (1 - acp).sqrt() * told.x0}
+    torch.testing.assert_close(expected[prediction], raw, atol=1e-4, rtol=1e-4)
+    assert all((value - raw).abs().max() > 1e-2 for kind, value in expected.items() if kind != prediction)
+
+
+def test_the_denoiser_reads_no_padding():
+    """Bug 18: tokens that the mask calls padding may hold anything."""
+    net, generator = tiny().net, torch.Generator().manual_seed(0)
+    x_t, t, context = torch.randn(2, 4, 4, 4, generator=generator), torch.tensor([9, 70]), torch.randn(2, 3, 8, generator=generator)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    other = torch.where(mask[..., None], context, 50.0)
+    with torch.no_grad():
+        one, two = (net.denoise(x_t, t, Condition(context=c, context_mask=mask)) for c in (context, other))
+        alone = net.denoise(x_t[:1], t[:1], Condition(context=context[:1, :2]))
+    torch.testing.assert_close(one, two, atol=0, rtol=0)
+    torch.testing.assert_close(one[:1], alone, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
 def test_guidance_limits(sampler):
     model = tiny()
@@ -58,6 +97,22 @@ def test_guidance_limits(sampler):
     torch.testing.assert_close(draw("a", 0.0), draw(None, 1.0), atol=1e-5, rtol=0)
     assert (draw("a", 1.0) - draw(None, 1.0)).abs().max() > 1e-4
     assert (draw("a", 4.0) - draw("a", 1.0)).abs().max() > 1e-4
+
+
+def test_guidance_options_reach_the_model():
+    model = tiny()
+    draw = lambda **options: model.sample("a", n=2, seed=3, steps=4, guidance_scale=4.0, decode=False, **options)
+    plain, guided = model.sample("a", n=2, seed=3, steps=4, guidance_scale=1.0, decode=False), draw()
+    torch.testing.assert_close(draw(guidance_interval=(0, 100)), guided)
+    torch.testing.assert_close(draw(guidance_interval=(0, 0)), plain)
+    torch.testing.assert_close(draw(guidance_rescale=0.0), guided)
+    for options in ({"guidance_interval": (30, 60)}, {"guidance_rescale": 0.7}):
+        assert (draw(**options) - guided).abs().max() > 1e-4, options
+    rows = []
+    forward = model.net.denoise
+    model.net.denoise = lambda x, t, condition: rows.append(len(x)) or forward(x, t, condition)
+    draw(guidance_interval=(30, 60))  # trailing steps of 100: 99, 74, 49, 24
+    assert rows == [2, 2, 4, 2]
 
 
 def test_negative_prompts_replace_the_null_condition():
@@ -79,7 +134,8 @@ def test_other_sizes_and_latents():
     ({"size": 20}, "20x20, expected multiples of 8"), ({"steps": 0}, "0"), ({"steps": 101}, "101"),
     ({"sampler": "euler9"}, "euler9.*ddim"), ({"n": 0}, "got 0"), ({"n": 3, "prompts": ["a", "b"]}, "3 images for 2"),
     ({"prompts": ["d"]}, "d.*a, b, c"), ({"prompts": []}, "empty list"), ({"seed": [1, 2, 3]}, "3 seeds, expected 1"),
-    ({"guidance_scale": float("nan")}, "nan"), ({"batch_size": 0}, "batch_size"), ({"spacing": "even"}, "even.*trailing"),
+    ({"guidance_scale": float("nan")}, "nan"), ({"guidance_rescale": 2.0}, "rescale: got 2"),
+    ({"guidance_interval": (5, 1)}, "interval: got"), ({"batch_size": 0}, "batch_size"), ({"spacing": "even"}, "even.*trailing"),
 ])
 def test_bad_requests_say_what_was_expected(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -10,6 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from ldm_edu import samplers as lib
+from ldm_edu import solvers
 from ldm_edu.core import make_generators
 from ldm_edu.samplers import (
     SAMPLERS,
@@ -19,7 +20,9 @@ from ldm_edu.samplers import (
     ddim,
     ddpm,
     dpmpp_2m,
+    falling,
     half_log_snr,
+    karras_timesteps,
     log_snr_timesteps,
     sample,
     timesteps,
@@ -117,7 +120,7 @@ def check_timesteps(choose):
                 assert steps[0] < n and steps[-1] >= 0, f"{spacing}: {steps[0]}...{steps[-1]} leaves [0, {n})"
                 if spacing != "leading":
                     assert steps[0] == n - 1
-                if spacing == "leading" or spacing == "linspace" and S > 1:
+                if spacing == "leading" or spacing in ("linspace", "quadratic") and S > 1:
                     assert steps[-1] == 0
 
 
@@ -136,10 +139,39 @@ def test_log_snr_steps(table):
         assert steps[0] == T - 1 and (S == 1 or steps[-1] == 0)
     widest = lambda steps: max(half_log_snr(acp[b]) - half_log_snr(acp[a]) for a, b in pairwise(steps) if acp[a] > 0)
     assert widest(log_snr_timesteps(20, acp)) < 0.5 * widest(timesteps(20, T, "linspace"))
-    for S in (0, T + 1, 2.0):
-        with pytest.raises(ValueError, match="steps: got"):
-            log_snr_timesteps(S, acp)
-    assert log_snr_timesteps(1, [0.0]) == [0]
+    for choose in (log_snr_timesteps, karras_timesteps):
+        for S in (0, T + 1, 2.0):
+            with pytest.raises(ValueError, match="steps: got"):
+                choose(S, acp)
+        assert choose(1, [0.0]) == [0]
+
+
+@pytest.mark.parametrize("table", [SCHEDULE, ZERO_TERMINAL], ids=["scaled_linear", "zero_terminal"])
+def test_karras_steps(table):
+    acp = table.alphas_cumprod.tolist()
+    for S in [*range(1, 60), *range(60, T, 37), T - 1, T]:
+        steps = karras_timesteps(S, acp)
+        assert len(steps) == S and all(type(t) is int for t in steps)
+        assert all(a > b for a, b in pairwise(steps)) and steps[-1] >= 0
+        assert steps[0] == T - 1 and (S == 1 or steps[-1] == 0)
+    sigma = lambda t: math.exp(-half_log_snr(acp[t]))
+    start = sigma(T - 1) if acp[-1] else sigma(T - 2)  # an infinite noise level has no place in a sum
+    for k, t in enumerate(karras_timesteps(12, acp)):
+        wanted = (start ** (1 / 7) + k / 11 * (sigma(0) ** (1 / 7) - start ** (1 / 7))) ** 7
+        nearest = min(range(T), key=lambda u: abs(math.log(sigma(u) / wanted)) if acp[u] else math.inf)
+        assert t == nearest or k == 0
+    if acp[-1]:  # rho = 1: equal steps of the noise level itself, where the schedule is fine enough to have them
+        gaps = [sigma(a) - sigma(b) for a, b in pairwise(karras_timesteps(12, acp, rho=1.0))]
+        assert max(gaps) < 1.2 * min(gaps)
+    nearly = karras_timesteps(12, acp, rho=1e6)  # rho without end is log-SNR
+    assert max(abs(a - b) for a, b in zip(nearly, log_snr_timesteps(12, acp), strict=True)) <= 1
+
+
+def test_quadratic_steps():
+    assert timesteps(4, 10, "quadratic") == [9, 4, 1, 0] and timesteps(1, 10, "quadratic") == [9]
+    roots = [t**0.5 for t in timesteps(11, T, "quadratic")]
+    assert all(abs(a - b - 999**0.5 / 10) < 0.3 for a, b in pairwise(roots))
+    assert falling([9, 9, 9, 0]) == [9, 8, 7, 0] and falling([3, 0, 0, 0]) == [3, 2, 1, 0] and falling([5]) == [5]
 
 
 def test_half_log_snr():
@@ -147,12 +179,20 @@ def test_half_log_snr():
     assert half_log_snr(0.8) == pytest.approx(math.log(2))
 
 
+def asked_steps(name, steps):
+    """Where each sampler asks the network, written out by hand."""
+    if name == "heun" and len(steps) > 1:
+        return [t for pair in pairwise(steps) for t in pair] + steps[-1:]
+    return steps[:1] + steps[1:2] + steps[1:] if name == "plms" else steps
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_log_snr_spacing_by_name(name):
+@pytest.mark.parametrize("spacing, choose", lib.BY_LEVEL.items())
+def test_spacing_by_noise_level(name, spacing, choose):
     asked = []
     model = lambda x, t: asked.append(t[0].item()) or 0.9 * x
-    out = sample(Denoiser(model, ZERO_TERMINAL, "v"), (2, 1), 12, name, spacing="log_snr")
-    assert asked == log_snr_timesteps(12, ZERO_TERMINAL.alphas_cumprod.tolist()) and torch.isfinite(out).all()
+    out = sample(Denoiser(model, ZERO_TERMINAL, "v"), (2, 1), 12, name, spacing=spacing)
+    assert asked == asked_steps(name, choose(12, ZERO_TERMINAL.alphas_cumprod.tolist())) and torch.isfinite(out).all()
 
 
 @pytest.mark.parametrize("S", [0, -1, T + 1, 2.0, "10", None, True])
@@ -165,8 +205,8 @@ def test_unknown_names_list_the_choices():
     with pytest.raises(ValueError, match="'trailing', 'leading', 'linspace'"):
         timesteps(10, T, "uniform")
     denoiser = Denoiser(net(), SCHEDULE)
-    with pytest.raises(ValueError, match="'ddpm', 'ddim', 'dpmpp_2m'"):
-        sample(denoiser, (1, 3, 4, 4), 5, "euler")
+    with pytest.raises(ValueError, match="'ddpm', 'ddim', 'dpmpp_2m', 'euler', 'euler_a', 'heun', .*'unipc_3' .did you mean 'euler'"):
+        sample(denoiser, (1, 3, 4, 4), 5, "eulr")
     with pytest.raises(ValueError, match="spacing"):
         sample(denoiser, (1, 3, 4, 4), 5, spacing="uniform")
     with pytest.raises(ValueError, match="'small', 'large'"):
@@ -188,14 +228,24 @@ def test_bad_eta(eta):
 
 
 # ---------------------------------------------------------------- evaluations
+class Anything:
+    """A state whose arithmetic costs nothing: every result is the same object."""
+
+    shape, device, dtype = (1,), "cpu", torch.float32
+    is_floating_point = lambda self: True
+    to = lambda self, *_: self
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = lambda self, _: self
+
+
 class Counter:
     """The cheapest denoiser there is: it counts its calls and always answers the same."""
 
     T = T
     table = SCHEDULE.alphas_cumprod.tolist()
+    answer = Prediction(Anything(), Anything())
 
     def __init__(self):
-        self.calls, self.answer = 0, Prediction(torch.zeros(1), torch.zeros(1))
+        self.calls = 0
 
     def acp(self, t):
         return 1.0 if t == -1 else self.table[t]
@@ -205,15 +255,26 @@ class Counter:
         return self.answer
 
 
+EXPECTED_NFE = {"heun": lambda S: 2 * S - 1, "plms": lambda S: S + 1 if S > 1 else 1}
+
+
+@pytest.fixture(scope="module")
+def every_S():
+    return [timesteps(S, T) for S in range(1, T + 1)]
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_exactly_S_evaluations_for_every_S(name, monkeypatch):
-    noise = torch.ones(1)
-    monkeypatch.setattr(lib, "randn", lambda *_: noise)
-    x_T, info = torch.ones(1), SAMPLERS[name]
-    for S in range(1, T + 1):
+def test_evaluations_for_every_S(name, every_S, monkeypatch):
+    for module in (lib, solvers):
+        monkeypatch.setattr(module, "randn", lambda *_: Anything())
+    monkeypatch.setattr(solvers, "moments", lambda h, n: [1.0, 0.5])  # what the weights are changes no count
+    monkeypatch.setattr(solvers, "node_weights", lambda nodes, h: nodes)
+    x_T, info = Anything(), SAMPLERS[name]
+    for S, steps in enumerate(every_S, start=1):
         denoiser = Counter()
-        info.function(denoiser, x_T, timesteps(S, T))
-        assert denoiser.calls == S * info.nfe_per_step, f"{denoiser.calls} evaluations for S={S}"
+        info.function(denoiser, x_T, steps)
+        expected = EXPECTED_NFE.get(name, lambda S: S)(S)
+        assert denoiser.calls == expected == info.nfe(S), f"{denoiser.calls} evaluations for S={S}"
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -221,19 +282,28 @@ def test_exactly_S_evaluations_for_every_S(name, monkeypatch):
 def test_real_denoiser_counts_and_finite(name, spacing):
     calls = []
     model = lambda x, t: calls.append(t.tolist()) or 0.9 * x
-    for S in (1, 2, 3, 9, 111, 350, 999):
+    for S in (1, 2, 3, 9, 111, 350, *[999] * (name == "ddim")):
         calls.clear()
         out = sample(Denoiser(model, SCHEDULE), (2, 1), S, name, spacing=spacing)
-        assert calls == [[t, t] for t in timesteps(S, T, spacing)]
+        assert calls == [[t, t] for t in asked_steps(name, timesteps(S, T, spacing))]
         assert torch.isfinite(out).all()
 
 
 # ---------------------------------------------------------------- the end of the walk
 def check_clean_end(module):
-    """The last step lands exactly on the predicted x0: alphas_cumprod 1 and no noise."""
-    options = {"ddpm": [{}, {"variance": "large"}], "ddim": [{}, {"eta": 1.0}], "dpmpp_2m": [{}]}
+    """The last step lands exactly on the predicted x0: alphas_cumprod 1 and no noise.
+
+    PLMS lands on its extrapolation of eps instead, so it is asked for what all must do: land on data of one point.
+    """
+    options = {"ddpm": [{}, {"variance": "large"}], "ddim": [{}, {"eta": 1.0}], "euler_a": [{}, {"eta": 0.5}]}
+    dot = lambda x, t: torch.full_like(x, 0.3)
     for name, info in module.SAMPLERS.items():
-        for extra in options[name]:
+        for extra in options.get(name, [{}]):
+            for S in (1, 2, 3, 10):
+                out = info.function(module.Denoiser(dot, SCHEDULE, "x0"), torch.randn(2, 3), module.timesteps(S, T), **extra)
+                assert_close(out, torch.full_like(out, 0.3), rtol=0, atol=1e-5)
+            if name == "plms":
+                continue
             for S in (1, 2, 10):
                 denoiser = module.Denoiser(net(), SCHEDULE)
                 out, states = trace(info.function, denoiser, torch.randn(2, 3, 4, 4), module.timesteps(S, T), **extra)
@@ -261,6 +331,8 @@ def test_callback_sees_the_whole_walk(name):
     out, states = trace(SAMPLERS[name].function, Denoiser(net(), SCHEDULE), x_T, timesteps(7, T))
     assert [s.i for s in states] == list(range(7)) and [s.t for s in states] == timesteps(7, T)
     assert all(s.S == 7 and s.step.t == s.t for s in states)
+    spent = {"heun": [2, 4, 6, 8, 10, 12, 13], "plms": [2, 3, 4, 5, 6, 7, 8]}.get(name, [1, 2, 3, 4, 5, 6, 7])
+    assert [s.nfe for s in states] == spent
     assert [s.step.t_next for s in states] == [*timesteps(7, T)[1:], -1]
     assert torch.equal(states[0].x_t, x_T) and torch.equal(states[-1].x_next, out)
     assert all(torch.equal(a.x_next, b.x_t) for a, b in pairwise(states))
@@ -275,7 +347,7 @@ def check_alone_equals_batch(module):
     def draw(seed, n, name, extra):
         return module.sample(denoiser, (n, 3, 4, 4), 6, name, generator=make_generators(seed, n), **extra)
 
-    for name, extra in (("ddpm", {}), ("ddim", {"eta": 1.0}), ("ddim", {}), ("dpmpp_2m", {})):
+    for name, extra in (*((name, {}) for name in module.SAMPLERS), ("ddim", {"eta": 1.0})):
         run = functools.partial(draw, name=name, extra=extra)
         together = run(10, 4)
         for i in range(4):
@@ -386,7 +458,8 @@ def shared_noise(monkeypatch):
     """The same noise for both sides: ours is drawn through `randn`, diffusers' DDPM through `randn_tensor`."""
     noises = [torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(T)]
     ours, theirs = iter(noises), iter(noises)
-    monkeypatch.setattr(lib, "randn", lambda *_: next(ours))
+    for module in (lib, solvers):
+        monkeypatch.setattr(module, "randn", lambda *_: next(ours))
     module = pytest.importorskip("diffusers.schedulers.scheduling_ddpm")
     monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(theirs))
     return noises

@@ -125,13 +125,15 @@ def test_sd_v1_has_the_shapes_of_stable_diffusion():
     assert {k: tuple(v.shape) for k, v in ours.items()} == {k: tuple(v.shape) for k, v in theirs.items()}
 
 
-def test_head_count_changes_the_function_but_no_shape():
+@pytest.mark.parametrize("context_dim", [24, None], ids=["transformers", "plain attention"])
+def test_head_count_changes_the_function_but_no_shape(context_dim):
     """The trap of the released configurations: one head of 64 and two of 32 load each other's weights silently."""
-    one, two = UNet(SMALL.replace(head_dim=None, heads=1)), UNet(SMALL.replace(head_dim=None, heads=4))
+    config = SMALL.replace(context_dim=context_dim)
+    one, two = (UNet(config.replace(head_dim=None, heads=heads)) for heads in (1, 4))
     randomise(one)
     two.load_state_dict(one.state_dict(), strict=True)
     with torch.no_grad():
-        assert (one(*inputs(SMALL)) - two(*inputs(SMALL))).abs().max() > 1e-2
+        assert (one(*inputs(config)) - two(*inputs(config))).abs().max() > 1e-2
 
 
 def test_exactly_one_of_heads_and_head_dim():

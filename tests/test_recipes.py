@@ -1,0 +1,141 @@
+"""The diffusion step of the recipes against oracles, the scale factor, and which weights a training call returns."""
+import copy
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ldm_edu.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm_edu.conditioning import NoCondition
+from ldm_edu.data import Scenes
+from ldm_edu.ldm import LDMConfig, build, load, load_first_stage
+from ldm_edu.objective import PREDICTIONS
+from ldm_edu.recipes import (
+    DiffusionRecipe,
+    DiffusionTask,
+    FirstStageRecipe,
+    latent_scale,
+    train_autoencoder,
+    train_diffusion,
+)
+from ldm_edu.schedule import ScheduleConfig
+from ldm_edu.training import RowRandom, TrainConfig
+from ldm_edu.unet import UNetConfig
+
+STAGE = AutoencoderConfig(4, 8, (1, 2, 2), 1, mid_attention=False, num_groups=4)
+UNET = UNetConfig(4, 4, 8, (1, 2), 1, (1,), head_dim=8, num_groups=4)
+QUICK = TrainConfig(steps=3, batch_size=4, lr=1e-2, warmup_steps=0, save_every=0, validate_every=0)
+
+
+def task_of(scale_factor=1.0, prediction="eps", schedule=None, dropout=0.1):
+    """The diffusion task of a tiny model; its network is not called where a test brings its own."""
+    config = LDMConfig(STAGE, UNET, NoCondition().to_dict(), schedule or ScheduleConfig(T=50), prediction, scale_factor, image_size=16)
+    return DiffusionTask(build(config), DiffusionRecipe(condition_dropout=dropout), "hash")
+
+
+def latents(b, mean=0.0, std=0.0):
+    """A batch as the latent cache gives it."""
+    return {"mean": torch.full((b, 4, 4, 4), mean), "std": torch.full((b, 4, 4, 4), std)}
+
+
+# ---------------------------------------------------------------- one training step
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("scale_factor", [1.0, 0.4])
+def test_a_perfect_network_costs_nothing(prediction, scale_factor):
+    """All latents are 1.5, so a network that knows this can give the exact eps, x0 or v of the scaled latent."""
+    task, z = task_of(scale_factor, prediction), 1.5 * scale_factor
+    acp = task.ldm.schedule.alphas_cumprod.double()
+
+    def perfect(kind):
+        def model(x_t, t, batch, drop):
+            signal, noise = (v[t].sqrt().reshape(-1, 1, 1, 1) for v in (acp, 1 - acp))
+            eps = (x_t - signal * z) / noise
+            return {"eps": eps, "x0": torch.full_like(eps, z), "v": signal * eps - noise * z}[kind].float()
+        return model
+
+    losses = {kind: task.loss(perfect(kind), latents(16, mean=1.5), RowRandom(0, 0, range(16)))[0] for kind in PREDICTIONS}
+    assert losses[prediction].shape == (16,) and losses[prediction].max() < 1e-6
+    assert all(loss.mean() > 1e-2 for kind, loss in losses.items() if kind != prediction), "another kind's answer must cost"
+
+
+def test_a_training_latent_is_a_scaled_draw_from_the_posterior():
+    """With almost no diffusion noise, what the network sees has mean 0.5 * 2 and deviation 0.5 * 3."""
+    task, seen = task_of(0.5, schedule=ScheduleConfig("linear", 1, 1e-6, 1e-6)), []
+    task.loss(lambda x_t, t, batch, drop: seen.append(x_t) or x_t, latents(500, mean=2.0, std=3.0), RowRandom(0, 0, range(500)))
+    n = seen[0].numel()
+    assert abs(seen[0].mean().item() - 1.0) < 4 * 1.5 / n**0.5
+    assert abs(seen[0].std().item() - 1.5) < 4 * 1.5 / (2 * n) ** 0.5
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1, 0.5, 1.0])
+def test_conditions_are_dropped_at_the_recipes_rate(dropout):
+    """Without dropped conditions the empty one, from which guidance starts, would never be learnt."""
+    task, seen, n = task_of(dropout=dropout), [], 1000
+    task.loss(lambda x_t, t, batch, drop: seen.append(drop) or x_t, latents(n), RowRandom(0, 0, range(n)))
+    assert isinstance(seen[0], torch.Tensor) and seen[0].shape == (n,) and seen[0].dtype == torch.bool
+    assert abs(seen[0].double().mean().item() - dropout) <= 4 * (dropout * (1 - dropout) / n) ** 0.5
+
+
+# ---------------------------------------------------------------- the scale factor
+
+
+class Latents:
+    """A cache of n latents whose means have deviation 2 and whose posteriors have deviation 1.5."""
+
+    def __init__(self, n, std=1.5):
+        self.mean, self.std = 2 * torch.randn(n, 4, 4, 4, generator=torch.Generator().manual_seed(0)) + 1, std
+
+    def __len__(self):
+        return len(self.mean)
+
+    def fetch(self, indices):
+        mean = self.mean[list(indices)]
+        return {"mean": mean, "std": torch.full_like(mean, self.std)}
+
+
+@pytest.mark.parametrize("n", [100, 9000])
+def test_scaled_draws_have_unit_variance(n):
+    scale, data = latent_scale(Latents(n)), Latents(n)
+    assert abs(scale - (2**2 + 1.5**2) ** -0.5) < 0.01 * scale
+    draws = scale * (data.mean + 1.5 * torch.randn(data.mean.shape, generator=torch.Generator().manual_seed(1)))
+    assert abs(draws.std().item() - 1) < 0.02
+    assert latent_scale(Latents(n, std=0.0)) == pytest.approx(0.5, rel=0.01)
+
+
+# ---------------------------------------------------------------- what a training call returns
+
+
+def states(reports, name):
+    """The weights of the last step's model or average."""
+    return reports[-1][name]
+
+
+def note(reports):
+    """A callback that keeps both sets of weights."""
+    keep = lambda m: copy.deepcopy(m.state_dict())
+    return lambda report: reports.append({"model": keep(report.model), "ema": keep(report.ema)})
+
+
+def check_averaged(reports, *returned):
+    """All of `returned` are the average of the last step, and the average is not the last weights."""
+    average, last = states(reports, "ema"), states(reports, "model")
+    assert any((average[k] - last[k]).abs().max() > 1e-4 for k in average)
+    for state in returned:
+        assert set(state) == set(average)
+        for key, value in state.items():
+            assert_close(value, average[key], rtol=0, atol=0, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_training_calls_return_and_save_the_averaged_weights(tmp_path):
+    data, reports = Scenes(16, n=8, objects=(1, 1), fields=("image",)), []
+    stage = train_autoencoder(data, FirstStageRecipe(STAGE, QUICK), tmp_path / "ae", progress=False, callbacks=[note(reports)])
+    check_averaged(reports, stage.state_dict(), load_first_stage(tmp_path / "ae").state_dict())
+    reports.clear()
+    recipe = DiffusionRecipe("tiny", "none", train=QUICK)
+    small = {"model_channels": 8, "head_dim": 8, "num_groups": 4}
+    model = train_diffusion(data, stage, recipe, tmp_path / "ldm", progress=False, callbacks=[note(reports)], unet=small)
+    check_averaged(reports, model.net.state_dict(), load(tmp_path / "ldm").net.state_dict())
+    assert not model.training and not stage.training
+    assert isinstance(model.first_stage, AutoencoderKL) and all(not p.requires_grad for p in model.first_stage.parameters())
