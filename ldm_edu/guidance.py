@@ -93,7 +93,8 @@ class GuidedModel:
         if self.pair is None:
             return self.model(x, t, self.condition if self.guidance_scale == 1 else self.null)
         e_u, e_c = self.model(torch.cat([x, x]), torch.cat([t, t]), self.pair).chunk(2)
-        return rescale_guidance(guide(e_u, e_c, self.guidance_scale), e_c, self.rescale)
+        guided = guide(e_u, e_c, self.guidance_scale)
+        return rescale_guidance(guided, e_c, self.rescale) if self.rescale else guided
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         if self.interval is None:
