@@ -265,12 +265,15 @@ def every_S():
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_evaluations_for_every_S(name, every_S, monkeypatch):
+    """Every S for the samplers of the first lesson and for PLMS, whose count is famous for being wrong; elsewhere a part."""
     for module in (lib, solvers):
         monkeypatch.setattr(module, "randn", lambda *_: Anything())
     monkeypatch.setattr(solvers, "moments", lambda h, n: [1.0, 0.5])  # what the weights are changes no count
     monkeypatch.setattr(solvers, "node_weights", lambda nodes, h: nodes)
     x_T, info = Anything(), SAMPLERS[name]
     for S, steps in enumerate(every_S, start=1):
+        if S > 100 and S % 37 and S < T - 3 and name not in ("ddpm", "ddim", "dpmpp_2m", "plms"):
+            continue
         denoiser = Counter()
         info.function(denoiser, x_T, steps)
         expected = EXPECTED_NFE.get(name, lambda S: S)(S)
@@ -487,9 +490,12 @@ def test_parity_ddim(diffusers, shared_noise, kind, S, spacing, eta):
     compare([s.x_next for s in states], path)
 
 
-@KINDS
-@pytest.mark.parametrize("S", [1, 2, 10, 50, T])
-@pytest.mark.parametrize("spacing, variance", [("leading", "small"), ("leading", "large"), ("trailing", "small")])
+DDPM_WALKS = [(kind, S, spacing, variance) for spacing, variance in (("leading", "small"), ("leading", "large"), ("trailing", "small"), ("linspace", "small"))
+              for S in (1, 2, 10, 50, T) for kind in diffusers_kind
+              if (S < T or kind == "eps") and (S > 1 or spacing != "linspace")]  # a linspace of one step is t = 0 there, T - 1 here
+
+
+@pytest.mark.parametrize("kind, S, spacing, variance", DDPM_WALKS)
 def test_parity_ddpm(diffusers, shared_noise, kind, S, spacing, variance):
     """Their "fixed_large" adds noise at the last step unless that step is t = 0, hence only "leading" for it."""
     theirs = diffusers.DDPMScheduler(trained_betas=BETAS.float().numpy(), clip_sample=False, timestep_spacing=spacing,
