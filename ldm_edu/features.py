@@ -65,7 +65,7 @@ class FeatureConfig(Config):
         """Cells on a side of the last map: each answers for the object whose centre lies in it."""
         return self.size // 4
 
-
+# %% ../nbs/09b_features.ipynb #f314af82
 class SceneAnswers(NamedTuple):
     """What the network says of b scenes, as logits but for `offset`."""
 
@@ -99,7 +99,7 @@ def _conv(width_in: int, width_out: int, stride: int = 1) -> nn.Sequential:
     conv = nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(width_out), nn.ReLU())
 
-
+# %% ../nbs/09b_features.ipynb #2a3bb350
 class SceneFeatures(nn.Module):
     """A small convolutional network for scenes, whose last map, averaged over its cells, is the feature vector.
 
@@ -170,7 +170,7 @@ class FeatureTraining(Config):
         if self.steps < 1 or self.batch_size < 2 or self.lr <= 0 or self.weight_decay < 0:
             raise ValueError(f"got {self}, expected at least 1 step of 2 scenes, lr > 0 and weight_decay >= 0")
 
-
+# %% ../nbs/09b_features.ipynb #71ec33c4
 def train_features(config: FeatureConfig | None = None, training: FeatureTraining | None = None,
                    callback: Callable[[int, float], None] | None = None) -> tuple[SceneFeatures, dict]:
     """Train a feature network on fresh scenes of the training split; returns it and the facts for its card.
@@ -228,7 +228,7 @@ def save_features(model: SceneFeatures, folder: str | Path, card: dict, overwrit
     write_json(folder / "config.json", {"kind": "features", **model.config.to_dict()})
     return folder
 
-
+# %% ../nbs/09b_features.ipynb #39761f14
 def load_features(folder: str | Path | None = None) -> SceneFeatures:
     """The shipped feature network, or the one in `folder`; its `card` says how it was trained.
 
@@ -270,7 +270,7 @@ class Extractor:
         """Features (b, d) float32 of pictures (b, 3, h, w) in [-1, 1] of any size, always by way of `preprocess`."""
         return self.function(preprocess(images, self.size)).float()
 
-
+# %% ../nbs/09b_features.ipynb #3b49293a
 def scenes_extractor(model: SceneFeatures | None = None) -> Extractor:
     """A feature network of scenes as an `Extractor`; the shipped one by default."""
     model = (model or load_features()).eval()
