@@ -38,10 +38,10 @@ from ldm_edu.solvers import (
     hold_eps,
     hold_x0,
     mean_x0,
-    moments,
     node_weights,
     noise_level,
     plms,
+    step_moments,
     unipc_2,
     unipc_3,
 )
@@ -56,21 +56,21 @@ def test_moments_are_the_integrals_they_stand_for(h):
     u = (torch.arange(200_000).double() + 0.5) / 200_000
     weight = (h * (u - 1.0 * (h > 0))).exp()
     exact = [((u**k * weight).sum() / weight.sum()).item() for k in range(5)]
-    assert_close(torch.tensor(moments(h, 4)).double(), torch.tensor(exact).double(), rtol=1e-8, atol=1e-10)
+    assert_close(torch.tensor(step_moments(h, 4)).double(), torch.tensor(exact).double(), rtol=1e-8, atol=1e-10)
 
 
 def test_moments_at_the_ends():
-    assert moments(math.inf, 3) == [1, 1, 1, 1]  # from pure noise only the end of a step counts
-    assert_close(torch.tensor(moments(1e-12, 3)), torch.tensor([1, 1 / 2, 1 / 3, 1 / 4]))
+    assert step_moments(math.inf, 3) == [1, 1, 1, 1]  # from pure noise only the end of a step counts
+    assert_close(torch.tensor(step_moments(1e-12, 3)), torch.tensor([1, 1 / 2, 1 / 3, 1 / 4]))
     for k in range(4):  # the two ways to compute them meet at 1
-        assert moments(1 - 1e-12, 3)[k] == pytest.approx(moments(1 + 1e-12, 3)[k], abs=1e-10)
+        assert step_moments(1 - 1e-12, 3)[k] == pytest.approx(step_moments(1 + 1e-12, 3)[k], abs=1e-10)
 
 
 @pytest.mark.parametrize("h", [-2.0, -0.1, 0.03, 0.7, 5.0])
 @pytest.mark.parametrize("nodes", [[0.0], [0.0, -0.8], [0.0, 1.0], [0.0, -1.3, -2.1], [0.0, -0.5, -1.7, 1.0], [0.0, 1 / 3, 2 / 3]])
 def test_node_weights_integrate_polynomials_exactly(nodes, h):
     weights = node_weights(nodes, h)
-    for k, mean in enumerate(moments(h, len(nodes) - 1)):
+    for k, mean in enumerate(step_moments(h, len(nodes) - 1)):
         assert sum(w * node**k for w, node in zip(weights, nodes)) == pytest.approx(mean, abs=1e-11)
 
 
@@ -695,9 +695,9 @@ MUTANTS = {
                                                     check_order_of("unipc_2", 2.6)),
     "corrector repeats the wrong step": ("hold_x0(before[0], before[1],", "hold_x0(step, before[1],", check_order_of("unipc_2", 2.6)),
     "PLMS mixes up two coefficients": ("(3 / 2, -1 / 2)", "(3 / 2, 1 / 2)", check_order_of("plms", 1.6)),
-    "half in place of the first moment": ("0.5 if place[step.i] == 1 else moments(h if kind == \"x0\" else -h, 1)[1]", "0.5",
+    "half in place of the first moment": ("0.5 if place[step.i] == 1 else step_moments(h if kind == \"x0\" else -h, 1)[1]", "0.5",
                                           check_order_of("dpmpp_3s", 2.5)),
-    "sign of h in eps-blocks": ("moments(h if kind == \"x0\" else -h, 1)", "moments(h, 1)", check_order_of("dpm_3s", 2.5)),
+    "sign of h in eps-blocks": ("step_moments(h if kind == \"x0\" else -h, 1)", "step_moments(h, 1)", check_order_of("dpm_3s", 2.5)),
     "stage restarts from the newest state": ("HOLD[kind](span, x_start, mean)", "HOLD[kind](step, x_t, mean)", check_order_of("dpm_3s", 2.5)),
     "Heun looks again where it started": ("denoiser(trial, step.t_next)", "denoiser(x_t, step.t)", check_order_of("heun", 1.6)),
     "one seed for the batch": ("randn(x_t.shape, generator, x_t.device", "randn(x_t.shape, generator[0], x_t.device", check_seeds),
