@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_samplers import BETAS, SCHEDULE, X_T, ZERO_TERMINAL, T, as_kind, diffusers_kind, net, schedule_of, trace
+from test_samplers import BETAS, SCHEDULE, X_T, ZERO_TERMINAL, T, as_kind, diffusers_kind, schedule_of, trace
 from torch.testing import assert_close
 
 from ldm_edu import samplers, solvers
