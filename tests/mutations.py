@@ -108,6 +108,8 @@ MUTATIONS = (
        "if eta == 0 or step.last:", "if eta == 0:", "test_samplers.py::test_no_noise_is_drawn_in_the_last_step"),
     _m(3, "the posterior at t = 0 keeps a variance", "schedule.posterior_tables",
        "torch.ones_like(acp[:1])", "acp[:1]", "test_schedule.py::test_posterior_at_the_first_step_is_x0_and_certain"),
+    _m(3, "2M SDE draws noise in its last step too", "solvers.dpmpp_2m_sde",
+       "        if step.last:\n            return x_next\n", "", "test_samplers.py::test_no_noise_is_drawn_in_the_last_step"),
     # 4 guidance
     _m(4, "guidance adds (s - 1) times the unconditional prediction instead of taking it away", "guidance.guide",
        "e_u + scale * (e_c - e_u)", "scale * e_c + (scale - 1) * e_u", "test_guidance.py::test_guide"),
@@ -125,6 +127,8 @@ MUTATIONS = (
        "1 - step.acp_next - variance", "1 - step.acp_next", "test_samplers.py::test_ddim_eta_one_is_ddpm"),
     _m(5, "the direction is scaled for the level where the step starts", "samplers.ddim",
        "1 - step.acp_next - variance", "1 - step.acp - variance", "test_samplers.py::test_clean_end"),
+    _m(5, "Euler with fresh noise does not step further down to make room for it", "solvers.euler_a",
+       "math.sqrt(sigma_next**2 - up**2)", "sigma_next", "test_solvers.py::test_euler_ancestral_is_ddim_with_eta_and_ddpm"),
     # 6 time steps
     _m(6, "leading steps are cut by a whole stride: their number is not S", "samplers.timesteps",
        "[T * k // S for k in reversed(range(S))]", "list(range(0, T, T // S))[::-1]",
@@ -139,6 +143,8 @@ MUTATIONS = (
        "falling(first +", "list(first +", "test_samplers.py::test_log_snr_steps"),
     _m(6, "the walk makes one evaluation less than it was asked for", "samplers.walk",
        "pairwise([*steps, -1])", "pairwise(steps or [*steps, -1])", "test_samplers.py::test_evaluations_for_every_S"),
+    _m(6, "the blocks of a single-step solver do not add up to S", "solvers.block_sizes",
+       "*[rest] * (rest > 0), 1]", "1]", "test_solvers.py::test_blocks_for_every_S"),
     # 7 the end of the walk
     _m(7, "the last step ends at alphas_cumprod[0]", "samplers.Denoiser.acp",
        "1.0 if t == -1", "self.table[0] if t == -1", "test_samplers.py::test_clean_end"),
@@ -188,6 +194,8 @@ MUTATIONS = (
     _m(13, "sampling forgets what the model was trained to predict", "ldm.LatentDiffusion.denoiser",
        "self.schedule.to(self.device), self.config.prediction)", "self.schedule.to(self.device))",
        "test_ldm.py::test_the_sampler_reads_the_network_as_what_it_was_trained_for"),
+    _m(13, "a single-step solver holds its mean of eps as if it were x0", "solvers._singlestep",
+       "HOLD[kind](span", 'HOLD["x0"](span', "test_solvers.py::test_one_point_keeps_every_solver_on_its_road"),
     _m(13, "training asks for eps, whatever the model will be read as", "recipes.DiffusionTask.loss",
        "prediction=self.ldm.config.prediction", 'prediction="eps"',
        "test_recipes.py::test_a_perfect_network_costs_nothing"),
@@ -339,6 +347,8 @@ MUTATIONS = (
        "test_guidance.py::test_drop_mask_of_a_sample_does_not_depend_on_its_neighbours"),
     _m(21, "latents are drawn from torch's global generator", "autoencoder.DiagonalGaussian.sample",
        "randn(self.mean.shape, generator,", "randn(self.mean.shape, None,", "test_autoencoder.py::test_sample_does_not_depend_on_the_batch"),
+    _m(21, "2M SDE uses the first picture's generator for all", "solvers.dpmpp_2m_sde",
+       "randn(x_t.shape, generator,", "randn(x_t.shape, generator[0] if generator else None,", "test_samplers.py::test_alone_equals_batch"),
 )
 
 

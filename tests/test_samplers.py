@@ -268,7 +268,7 @@ def test_evaluations_for_every_S(name, every_S, monkeypatch):
     """Every S for the samplers of the first lesson and for PLMS, whose count is famous for being wrong; elsewhere a part."""
     for module in (lib, solvers):
         monkeypatch.setattr(module, "randn", lambda *_: Anything())
-    monkeypatch.setattr(solvers, "moments", lambda h, n: [1.0, 0.5])  # what the weights are changes no count
+    monkeypatch.setattr(solvers, "step_moments", lambda h, n: [1.0, 0.5])  # what the weights are changes no count
     monkeypatch.setattr(solvers, "node_weights", lambda nodes, h: nodes)
     x_T, info = Anything(), SAMPLERS[name]
     for S, steps in enumerate(every_S, start=1):
