@@ -31,7 +31,7 @@ def reading_labels(caption: str) -> list[tuple[int, int, int, int]]:
     Raises ValueError for a caption that is not one of Scenes.
     """
     claim = parse_caption(caption)
-    side = lambda k: len(RELATIONS) if claim.relation is None else RELATIONS.index(claim.relation) ^ k
+    side = lambda k: len(RELATIONS) if claim.relation is None else RELATIONS.index(claim.relation) ^ k  # opposites stand side by side
     return [(side(k), COLOURS.index(o.colour), SHAPES.index(o.shape), len(SIZES) if o.size is None else SIZES.index(o.size))
             for k, o in enumerate(claim.objects)]
 
