@@ -318,7 +318,7 @@ _TINY_STAGE = AutoencoderConfig(4, 16, (1, 2, 4), 1, mid_attention=False, num_gr
 
 FIRST_STAGES = {
     "kl-f4-tiny": FirstStageRecipe(_TINY_STAGE, _SMALL.replace(steps=6000, batch_size=16, warmup_steps=900, ema_decay=0.999, precision="auto", log_every=50)),
-    "kl-f4-demo": FirstStageRecipe(_TINY_STAGE, _SMALL.replace(steps=700, batch_size=16, warmup_steps=105, precision="auto")),
+    "kl-f4-demo": FirstStageRecipe(_TINY_STAGE, _SMALL.replace(steps=1200, batch_size=16, warmup_steps=180, precision="auto")),
 }
 
 _LATENT_UNET = _SMALL.replace(steps=11_000, batch_size=64, lr=1e-3, warmup_steps=300, ema_decay=0.999, precision="auto", validate_every=500,
@@ -326,7 +326,7 @@ _LATENT_UNET = _SMALL.replace(steps=11_000, batch_size=64, lr=1e-3, warmup_steps
 
 DIFFUSIONS = {
     "text-tiny": DiffusionRecipe("text-tiny", "text", train=_LATENT_UNET),
-    "text-demo": DiffusionRecipe("text-tiny", "text", reading_steps=200, train=_SMALL.replace(steps=1_400, lr=1e-3, ema_decay=0.995, precision="auto")),
+    "text-demo": DiffusionRecipe("text-tiny", "text", train=_SMALL.replace(steps=2_400, lr=1e-3, ema_decay=0.995, precision="auto")),
     "text-relations": DiffusionRecipe("text-tiny", "text", step_bias=1.6, reading_steps=400,
                                       train=_LATENT_UNET.replace(steps=5_500, lr=5e-4, warmup_steps=100)),
     "class-tiny": DiffusionRecipe("text-tiny", "class", train=_LATENT_UNET),
