@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PIXEL_LOSSES', 'AUTOENCODERS', 'AutoencoderConfig', 'ResnetBlock', 'AsymmetricDownsample', 'NearestUpsample',
-           'SpatialAttention', 'Level', 'Middle', 'Encoder', 'Decoder', 'DiagonalGaussian', 'AutoencoderKL',
-           'summed_kl_weight', 'first_stage_loss', 'LatentStatistics', 'latent_statistics']
+           'SpatialAttention', 'Level', 'Middle', 'Encoder', 'Decoder', 'DiagonalGaussian', 'PointLatent',
+           'AutoencoderKL', 'summed_kl_weight', 'pixel_loss', 'first_stage_loss', 'LatentStatistics',
+           'latent_statistics']
 
 # %% ../nbs/10_kl_first_stage.ipynb #4212d376
 """The KL first stage: a convolutional autoencoder whose encoder answers with a Gaussian [LDM sec. 3.1, app. G].
@@ -46,10 +47,13 @@ class AutoencoderConfig(Config):
     attention_levels: tuple[int, ...] = ()  # downsampling factors whose blocks get self-attention
     mid_attention: bool = True  # self-attention at the lowest resolution
     num_groups: int = 32  # groups of every GroupNorm; divides every width
-    double_z: bool = True  # encoder gives mean and log-variance (KL) or the latent alone (VQ)
+    double_z: bool = True  # encoder gives mean and log-variance (KL) or the latent alone (VQ and identity)
+    codes: int = 0  # entries of the codebook (VQ); 0: none
     in_channels: int = 3  # channels of an image
     pixel_loss: str = "l1"  # a key of PIXEL_LOSSES
     kl_weight: float = 6.25e-8  # of the mean KL of a latent's numbers; the original's 1e-6, see summed_kl_weight
+    commitment: float = 0.25  # weight of the pull of latents to their codes (VQ) [VQ-VAE eq. 3]
+    codebook_decay: float = 0.0  # codes follow the mean of their latents with this decay (VQ); 0: they learn by gradient
 
     def __post_init__(self):
         check_choice("pixel_loss", self.pixel_loss, PIXEL_LOSSES)
@@ -62,6 +66,17 @@ class AutoencoderConfig(Config):
         levels = [2**i for i in range(len(self.ch_mult))]
         if not set(self.attention_levels) <= set(levels):
             raise ValueError(f"attention_levels: got {self.attention_levels}, expected some of {levels}")
+        if self.codes < 0 or (self.double_z and self.codes) or self.commitment < 0 or not 0 <= self.codebook_decay < 1:
+            raise ValueError(f"got codes {self.codes}, double_z {self.double_z}, commitment {self.commitment}, codebook_decay "
+                             f"{self.codebook_decay}, expected codes only without double_z, commitment >= 0, decay in [0, 1)")
+        if self.kind == "identity" and (self.ch_mult != (1,) or self.z_channels != self.in_channels):
+            raise ValueError("got neither double_z nor codes, which leaves pixels as they are: expected ch_mult (1,) and as many "
+                             f"z_channels as in_channels, not {self.ch_mult}, {self.z_channels} and {self.in_channels}")
+
+    @property
+    def kind(self) -> str:
+        """"kl", "vq", or "identity" (pixels are the latents, f = 1)."""
+        return "kl" if self.double_z else "vq" if self.codes else "identity"
 
     @property
     def downsample_factor(self) -> int:
@@ -253,6 +268,26 @@ class DiagonalGaussian:
         square = (z - self.mean).to(self.logvar.dtype).square()
         return 0.5 * (math.log(2 * math.pi) + self.logvar + square * torch.exp(-self.logvar)).flatten(1).sum(1)
 
+
+class PointLatent:
+    """A latent (b, z, h, w) without noise, under the contract of `DiagonalGaussian`: what VQ and identity stages encode to."""
+
+    def __init__(self, mean: Tensor):
+        self.mean = mean
+
+    @property
+    def std(self) -> Tensor:
+        """Zeros."""
+        return torch.zeros_like(self.mean)
+
+    def mode(self) -> Tensor:
+        """The latent."""
+        return self.mean
+
+    def sample(self, generator=None) -> Tensor:
+        """The latent too: nothing is drawn."""
+        return self.mean
+
 # %% ../nbs/10_kl_first_stage.ipynb #6978a4e6
 class AutoencoderKL(nn.Module):
     """The paper's KL first stage: `decode(encode(x).sample())` is nearly x [LDM sec. 3.1].
@@ -298,13 +333,44 @@ class AutoencoderKL(nn.Module):
         posterior = self.encode(x)
         return self.decode(posterior.sample(generator)), posterior
 
+    def penalty(self, posterior: DiagonalGaussian) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the bottleneck adds to the loss of each image, (b,), and (b,) or 0-d logs: kl_weight * mean KL of a number."""
+        kl = posterior.kl() / posterior.mean[0].numel()
+        return self.config.kl_weight * kl, {"kl": kl, "std": posterior.std.mean()}
+
 # %% ../nbs/10_kl_first_stage.ipynb #1596686a
+def _paper_kl(z_channels: int, ch_mult: tuple[int, ...], attention_levels: tuple[int, ...] = ()) -> AutoencoderConfig:
+    """A KL stage of the paper: its weight is 1e-6 on sums, times z_channels / (3 f^2)."""
+    weight = 1e-6 * z_channels / (3 * 4 ** (len(ch_mult) - 1))
+    return AutoencoderConfig(z_channels, 128, ch_mult, attention_levels=attention_levels, kl_weight=weight)
+
+
+def _paper_vq(z_channels: int, codes: int, ch_mult: tuple[int, ...], attention_levels=(), mid_attention=True) -> AutoencoderConfig:
+    """A VQ stage of the paper."""
+    return AutoencoderConfig(z_channels, 128, ch_mult, 2, attention_levels, mid_attention, double_z=False, codes=codes)
+
+
+_F16, _F32 = (1, 1, 2, 2, 4), (1, 1, 2, 2, 4, 4)
 AUTOENCODERS: dict[str, AutoencoderConfig] = {
-    # the paper's [LDM tab. 8, app. G]: kl_weight is its 1e-6 on sums, times z_channels / (3 f^2)
-    "kl-f4": AutoencoderConfig(3, 128, (1, 2, 4), kl_weight=1e-6 * 3 / 48),
-    "kl-f8": AutoencoderConfig(4, 128, (1, 2, 4, 4), kl_weight=1e-6 * 4 / 192),
-    "kl-f16": AutoencoderConfig(16, 128, (1, 1, 2, 2, 4), attention_levels=(16,), kl_weight=1e-6 * 16 / 768),
-    "kl-f32": AutoencoderConfig(64, 128, (1, 1, 2, 2, 4, 4), attention_levels=(16, 32), kl_weight=1e-6 * 64 / 3072),
+    # the paper's [LDM tab. 8]; of f = 2, vq-f32, the second sizes of kl-f16 and kl-f32 and vq-f4-n256 no file was released: their
+    # widths are those of their neighbours
+    "kl-f2": _paper_kl(2, (1, 2)),
+    "kl-f4": _paper_kl(3, (1, 2, 4)),
+    "kl-f8": _paper_kl(4, (1, 2, 4, 4)),
+    "kl-f16": _paper_kl(16, _F16, (16,)),
+    "kl-f16-c8": _paper_kl(8, _F16, (16,)),
+    "kl-f32": _paper_kl(64, _F32, (16, 32)),
+    "kl-f32-c16": _paper_kl(16, _F32, (16, 32)),
+    "vq-f2": _paper_vq(2, 2048, (1, 2)),
+    "vq-f2-n64": _paper_vq(2, 64, (1, 2)),
+    "vq-f4": _paper_vq(3, 8192, (1, 2, 4)),
+    "vq-f4-noattn": _paper_vq(3, 8192, (1, 2, 4), mid_attention=False),
+    "vq-f4-n256": _paper_vq(3, 256, (1, 2, 4)),
+    "vq-f8": _paper_vq(4, 16384, (1, 2, 2, 4), (8,)),
+    "vq-f8-n256": _paper_vq(4, 256, (1, 2, 2, 4), (8,)),
+    "vq-f16": _paper_vq(8, 16384, _F16, (16,)),
+    "vq-f32": _paper_vq(16, 16384, _F32, (16, 32)),
+    "identity": AutoencoderConfig(3, 32, (1,), double_z=False),  # f = 1: diffusion on pixels
     # class-room sizes, chosen by trials on Scenes
     "kl-f4-tiny": AutoencoderConfig(4, 16, (1, 2, 4), 1, (), False, num_groups=2, pixel_loss="l2", kl_weight=1e-3),
     "kl-f4-small": AutoencoderConfig(4, 32, (1, 2, 4), 1, num_groups=4, pixel_loss="l2", kl_weight=1e-3),
@@ -316,19 +382,23 @@ def summed_kl_weight(config: AutoencoderConfig) -> float:
     return config.kl_weight * config.in_channels * config.downsample_factor**2 / config.z_channels
 
 
-def first_stage_loss(model: nn.Module, x: Tensor, generator=None) -> tuple[Tensor, dict[str, Tensor]]:
-    """Pixel loss averaged over an image's numbers + kl_weight * KL averaged over its latent's numbers [LDM app. G].
+def pixel_loss(reconstruction: Tensor, x: Tensor, name: str = "l1") -> Tensor:
+    """Mean of a key of PIXEL_LOSSES over each image's numbers: (b,) float32."""
+    return PIXEL_LOSSES[check_choice("pixel_loss", name, PIXEL_LOSSES)](reconstruction.float() - x.float()).flatten(1).mean(1)
 
-    Weights are read from `model.config` (or `model.module.config` where the model is wrapped); `generator` as in
+
+def first_stage_loss(model: nn.Module, x: Tensor, generator=None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Pixel loss averaged over an image's numbers + the bottleneck's penalty: KL (or codebook) terms [LDM app. G].
+
+    Weights are read from `model.config` (of `model.module` where the model is wrapped); `generator` as in
     `DiagonalGaussian.sample`. Returns the loss of each image, (b,) float32, and 0-d logs without gradient.
     """
-    config = getattr(model, "module", model).config
-    reconstruction, posterior = model(x, generator)
-    difference = reconstruction.float() - x.float()
-    pixels = PIXEL_LOSSES[config.pixel_loss](difference).flatten(1).mean(1)
-    kl = posterior.kl() / posterior.mean[0].numel()
-    logs = {"pixels": pixels, "kl": kl, "psnr": psnr(reconstruction, x), "std": posterior.std}
-    return pixels + config.kl_weight * kl, {name: value.detach().mean() for name, value in logs.items()}
+    stage = getattr(model, "module", model)
+    reconstruction, bottleneck = model(x, generator)
+    pixels = pixel_loss(reconstruction, x, stage.config.pixel_loss)
+    penalty, logs = stage.penalty(bottleneck)
+    logs = {"pixels": pixels, "psnr": psnr(reconstruction, x), **logs}
+    return pixels + penalty, {name: value.detach().mean() for name, value in logs.items()}
 
 # %% ../nbs/10_kl_first_stage.ipynb #3ad29090
 @dataclass(frozen=True)
@@ -358,7 +428,7 @@ def latent_statistics(model: AutoencoderKL, batches: Iterable) -> LatentStatisti
     for batch in batches:
         images = batch["image"] if isinstance(batch, dict) else batch
         posterior = model.encode(images.to(weight.device, weight.dtype))
-        mean, variance = posterior.mean.cpu().double(), posterior.logvar.cpu().double().exp()
+        mean, variance = posterior.mean.cpu().double(), posterior.std.cpu().double().square()
         n, cells = n + len(images), torch.ones_like(mean)
         sums = sums + reduce(torch.stack([cells, mean, mean**2, variance]), "s b z h w -> s z", "sum")
     if n == 0:

@@ -244,11 +244,11 @@ def _fetch(latents: LatentDataset, indices: Sequence[int], flips: Sequence[bool]
 def moments(encoded) -> Tensor:
     """Stack what an encoder returned, `(b, parts, c, h, w)`: mean and std of a Gaussian, or a plain latent (one part).
 
-    Accepts a tensor, a pair `(mean, std)`, or an object with `.mean` and `.logvar`.
+    Accepts a tensor, a pair `(mean, std)`, or an object with `.mean` and `.std`.
     """
     if isinstance(encoded, Tensor):
         return encoded.unsqueeze(1)
-    mean, std = encoded if isinstance(encoded, tuple) else (encoded.mean, torch.exp(0.5 * encoded.logvar))
+    mean, std = encoded if isinstance(encoded, tuple) else (encoded.mean, encoded.std)
     return torch.stack([mean, std], dim=1)
 
 # %% ../nbs/08b_checkpoints.ipynb #3b31448f
@@ -277,7 +277,7 @@ def cache_latents(
 ) -> LatentDataset:
     """Encode a data set once and return it as a LatentDataset; a second call finds it, a killed one goes on.
 
-    encode: images (b, 3, h, w) in [-1, 1] -> latents, `(mean, std)`, or a Gaussian with `.mean` and `.logvar`.
+    encode: images (b, 3, h, w) in [-1, 1] -> latents, `(mean, std)`, or a posterior with `.mean` and `.std`.
     key: identity of the encoder, `state_hash(first_stage)`; with `dataset.fingerprint()` it names the cache inside `folder`.
     flips: encode the mirrored pictures too (flipping a latent is not the latent of the flipped picture).
     Raises ValueError for flips of a data set that is not `flip_safe`.

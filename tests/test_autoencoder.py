@@ -88,7 +88,7 @@ def test_published_names_and_shapes():
 
 def test_published_vq_encoder():
     """vq-f4 without its codebook and 1x1 convolutions: 88 and 112 entries, 55,322,782 parameters with them."""
-    config = AutoencoderConfig(3, 128, (1, 2, 4), 2, double_z=False)
+    config = AUTOENCODERS["vq-f4"]
     with torch.device("meta"):
         encoder, decoder = Encoder(config), Decoder(config)
     assert (len(encoder.state_dict()), len(decoder.state_dict())) == (88, 112)
