@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHANGEABLE', 'RowRandom', 'epoch_order', 'batch_indices', 'TrainingTask', 'TrainConfig', 'learning_rate', 'ema_decay',
-           'EMA', 'make_optimizer', 'simple_loop', 'StepBatches', 'step_loader', 'Run', 'train_step', 'apply_step',
-           'save', 'restore', 'choose_precision', 'make_accelerator', 'run_identity', 'start_run', 'report_step',
-           'evaluate', 'export', 'run_steps', 'train']
+           'EMA', 'make_optimizer', 'simple_loop', 'StepBatches', 'step_loader', 'Run', 'only_part', 'part_gradient',
+           'apply_part', 'train_step', 'save', 'restore', 'choose_precision', 'make_accelerator', 'run_identity',
+           'start_run', 'report_step', 'evaluate', 'export', 'run_steps', 'train']
 
 # %% ../nbs/08_training.ipynb #252401ac
 """The training loop of both stages: one task, one data set, one config, any number of processes, resumable at any moment.
@@ -100,9 +100,13 @@ class TrainingTask:
 
     `model` is one nn.Module that holds all trained parameters. With several processes gradients are averaged only for what
     passes through `model(...)`, so `loss` must call its argument `model`, not `self.model`, and no other method of it.
+
+    A game of two networks (a decoder and its critic) has two `parts`, updated one after another in every step, each by an
+    optimiser of its own, from the loss that `part_loss` gives it; a part's loss moves no other part's parameters.
     """
 
     model: nn.Module
+    parts: tuple[str, ...] = ("",)  # in the order of their updates; the loss of the first is the run's loss
     validation_batch = None  # set by the trainer from its validation data, already on the device
     find_unused_parameters = False  # True when some parameters take no part in some steps (several processes only)
 
@@ -114,12 +118,24 @@ class TrainingTask:
         return {"task": type(self).__name__}
 
     def parameter_groups(self) -> list[dict]:
-        """Groups for AdamW; `lr_scale` in a group multiplies the learning rate."""
+        """Groups for AdamW, with its options if wanted; `lr_scale` multiplies the learning rate, `part` says whose (the first's)."""
         return [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
 
     def loss(self, model: Callable, batch, rng: RowRandom) -> tuple[Tensor, dict]:
         """Per-sample losses (b,) of a batch, and a dict of scalars or (b,) tensors to log. All chance comes from `rng`."""
         raise NotImplementedError(f"{type(self).__name__} must define loss(model, batch, rng)")
+
+    def part_loss(self, part: str, model: Callable, batch, rng: RowRandom) -> tuple[Tensor, dict]:
+        """What `loss` is, of one of several parts."""
+        return self.loss(model, batch, rng)
+
+    def active(self, part: str, step: int) -> bool:
+        """Whether a part is updated at optimiser step `step`, counted from 0; the first part always is."""
+        return True
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """The tensor summed over all processes; the trainer puts the real one here."""
+        return tensor
 
     def validation_loss(self, model: nn.Module, rng: RowRandom) -> Tensor:
         """Mean loss on `validation_batch`; `rng` is the same at every call: the curve shows the model, not the noise."""
@@ -221,15 +237,16 @@ class EMA:
         self.model.load_state_dict(state)
 
 # %% ../nbs/08_training.ipynb #97aa5066
-def make_optimizer(task: TrainingTask, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """Fused AdamW over the task's parameter groups."""
-    groups = [{"lr_scale": 1.0, **group} for group in task.parameter_groups()]
+def make_optimizer(task: TrainingTask, config: TrainConfig, device: torch.device, part: str | None = None) -> torch.optim.AdamW:
+    """Fused AdamW over the parameter groups of one of the task's parts, the first by default."""
+    first = task.parts[0]
+    groups = [{"lr_scale": 1.0, **group} for group in task.parameter_groups() if group.get("part", first) == (part or first)]
     fused = device.type in ("cpu", "cuda", "mps", "xpu")
     return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay, fused=fused)
 
 
 def simple_loop(task: TrainingTask, dataset, config: TrainConfig, after_step: Callable | None = None) -> tuple[list[float], EMA]:
-    """Train on the CPU in float32 and return `(losses, ema)`: what `train` does, without what long runs need.
+    """Train on the CPU in float32 and return `(losses, ema)`: what `train` does, without what long runs need (and one part only).
 
     `after_step(step, ema)` is called after each step, counted from 1.
     """
@@ -297,7 +314,7 @@ class Run:
     out: Path
     accelerator: Accelerator
     callable: Callable  # the model as the loss calls it: wrapped for processes, precision, compilation
-    optimizer: object
+    optimizers: dict  # one for each of the task's parts
     ema: EMA
     batches: StepBatches
     step: int = 0  # optimiser steps done
@@ -307,57 +324,87 @@ class Run:
     skipped: int = 0  # steps in a row that the fp16 scaler refused
 
 # %% ../nbs/08_training.ipynb #0bbf0bef
-def train_step(run: Run, batch, wants_stop: Callable[[], bool] = lambda: False) -> tuple[float, float, dict, bool]:
-    """One optimiser step on this process's rows: `(loss, gradient norm, logs, stop)`, all but logs equal on all processes.
+@contextlib.contextmanager
+def only_part(run: Run, part: str):
+    """While a part's gradient is computed, the other parts' parameters are constants."""
+    others = [p for name, optimizer in run.optimizers.items() if name != part for g in optimizer.param_groups for p in g["params"]]
+    for p in others:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in others:
+            p.requires_grad_(True)
 
-    The loss is the mean over the global batch: neither cuts nor processes change it. Raises NonFiniteLoss before any
-    parameter changes.
+
+def part_gradient(run: Run, part: str, batch, wants_stop: Callable[[], bool]) -> tuple[float, float, dict, bool]:
+    """Gather one part's gradient from this process's rows: `(loss, norm, logs, stop)`, all but logs equal on all processes.
+
+    The loss is the mean over the global batch: neither cuts nor processes change it.
     """
     config, accelerator, rows = run.config, run.accelerator, run.batches.rows
     total, logs = torch.zeros((), device=accelerator.device), {}
-    for part in range(config.accumulation):
-        cut = share(len(rows), config.accumulation, part)
+    for micro in range(config.accumulation):
+        cut = share(len(rows), config.accumulation, micro)
         rng = RowRandom(config.seed, run.step, rows[cut.start : cut.stop], accelerator.device)
-        last = part == config.accumulation - 1
+        last = micro == config.accumulation - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(run.callable):
-            losses, extra = run.task.loss(run.callable, slice_batch(batch, cut.start, cut.stop), rng)
+            losses, extra = run.task.part_loss(part, run.callable, slice_batch(batch, cut.start, cut.stop), rng)
             losses = check_shape("loss", losses, "b", b=len(cut)).float()
             accelerator.backward(losses.sum() * (accelerator.num_processes / config.batch_size))
         total += losses.detach().sum() / config.batch_size
         for key, value in extra.items():
             logs[key] = logs.get(key, 0) + torch.as_tensor(value).detach().float().mean().to(total.device) * len(cut)
-    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    parameters = [p for group in run.optimizers[part].param_groups for p in group["params"]]
     norm = torch.as_tensor(accelerator.clip_grad_norm_(parameters, config.grad_clip or float("inf"))).to(total)
     seen = torch.stack([total, torch.tensor(float(wants_stop()), device=total.device)])
     loss, stop, norm = torch.cat([accelerator.reduce(seen, "sum"), norm[None]]).tolist()
-    apply_step(run, loss, norm)
     return loss, norm, logs, stop > 0
 
 # %% ../nbs/08_training.ipynb #1ab6a3d4
-def apply_step(run: Run, loss: float, norm: float) -> None:
-    """Update parameters and average from the gathered gradient, or refuse when it is not finite."""
+def apply_part(run: Run, part: str, loss: float, norm: float) -> None:
+    """Update a part's parameters from the gathered gradient, or refuse when it is not finite."""
     config, scaled = run.config, run.config.precision == "fp16"
     run.skipped = run.skipped + 1 if scaled and not np.isfinite(norm) else 0
     if not np.isfinite(loss) or (not np.isfinite(norm) and not scaled) or run.skipped > 20:
-        run.optimizer.zero_grad()
+        run.optimizers[part].zero_grad()
         indices = batch_indices(len(run.batches.dataset), config.batch_size, config.seed, run.step)
         raise NonFiniteLoss(run.step, loss, norm, indices, run.saved)
-    for group in run.optimizer.param_groups:
+    for group in run.optimizers[part].param_groups:
         group["lr"] = learning_rate(config, run.step) * group["lr_scale"]
-    run.optimizer.step()
-    run.optimizer.zero_grad()
+    run.optimizers[part].step()
+    run.optimizers[part].zero_grad()
+
+
+def train_step(run: Run, batch, wants_stop: Callable[[], bool] = lambda: False) -> tuple[float, float, dict, bool]:
+    """One step: every active part's gradient and update, then the average. `(loss, norm, logs, stop)` as of the first part.
+
+    Raises NonFiniteLoss before the parameters of the part change whose loss or gradient is not finite.
+    """
+    first, *others = run.task.parts
+    with only_part(run, first):
+        loss, norm, logs, stop = part_gradient(run, first, batch, wants_stop)
+    apply_part(run, first, loss, norm)
+    for part in (name for name in others if run.task.active(name, run.step)):
+        with only_part(run, part):
+            part_loss, part_norm, extra, stopping = part_gradient(run, part, batch, wants_stop)
+        apply_part(run, part, part_loss, part_norm)
+        seen = {f"loss_{part}": part_loss, f"grad_norm_{part}": part_norm}
+        rows = torch.tensor(float(len(run.batches.rows)), device=run.accelerator.device)  # logs are sums over rows
+        logs, stop = logs | extra | {name: value * rows for name, value in seen.items()}, stop or stopping
     run.step += 1
     run.losses.append(loss)
     if not run.skipped:  # an fp16 overflow changes no weight; the scaler lowers its factor
         run.ema.update(run.task.model, run.step)
+    return loss, norm, logs, stop
 
 # %% ../nbs/08_training.ipynb #6e32963d
 def save(run: Run) -> None:
     """Write a checkpoint of everything that the next step depends on, and forget the oldest (main process)."""
     if run.accelerator.is_main_process and (run.saved is None or run.saved.name != f"step-{run.step:08d}"):
+        moments = {k: v for optimizer in run.optimizers.values() for k, v in optimizer_tensors(run.task.model, optimizer).items()}
         tensors = {"model": run.task.model.state_dict(), "ema": run.ema.model.state_dict(),
-                   "optimizer": {**optimizer_tensors(run.task.model, run.optimizer),
-                                 "history:loss": torch.tensor(run.losses, dtype=torch.float64)}}
+                   "optimizer": {**moments, "history:loss": torch.tensor(run.losses, dtype=torch.float64)}}
         scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else None
         state = {"seconds": run.seconds, "scaler": scaler, "rng": rng_states(), "torch": torch.__version__}
         run.saved = save_checkpoint(run.out / "checkpoints", run.step, tensors, state)
@@ -374,7 +421,8 @@ def restore(run: Run) -> None:
     run.losses = tensors["optimizer"].pop("history:loss").tolist()
     run.task.model.load_state_dict(tensors["model"])
     run.ema.load(tensors["ema"])
-    restore_optimizer(run.task.model, run.optimizer, tensors["optimizer"])
+    for optimizer in run.optimizers.values():
+        restore_optimizer(run.task.model, optimizer, tensors["optimizer"])
     restore_rng(state["rng"])
     if run.accelerator.scaler and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
@@ -427,17 +475,19 @@ def run_identity(task: TrainingTask, dataset, config: TrainConfig) -> dict:
 
 def start_run(task: TrainingTask, dataset, config: TrainConfig, out: Path, validation, resume: bool) -> Run:
     """Check the inputs, wrap model and optimiser, and go back to the newest checkpoint."""
-    accelerator = make_accelerator(config, task.find_unused_parameters)
+    accelerator = make_accelerator(config, task.find_unused_parameters or len(task.parts) > 1)
     task.configure(dataset, config, accelerator.device)
     identity = run_identity(task, dataset, config)
     check_folder(out, identity, resume, CHANGEABLE)
     accelerator.wait_for_everyone()
     task.model.to(accelerator.device).train()
     ema = EMA(task.model, config.ema_decay, config.ema_warmup)
-    wrapped, optimizer = accelerator.prepare(task.model, make_optimizer(task, config, accelerator.device))
+    wrapped, *optimizers = accelerator.prepare(task.model, *(make_optimizer(task, config, accelerator.device, p) for p in task.parts))
+    task.reduce = functools.partial(accelerator.reduce, reduction="sum")
     ema.load(task.model.state_dict())  # all processes start from the weights of the first
     batches = StepBatches(dataset, config, share(config.batch_size, accelerator.num_processes, accelerator.process_index))
-    run = Run(task, config, out, accelerator, torch.compile(wrapped) if config.compile else wrapped, optimizer, ema, batches)
+    run = Run(task, config, out, accelerator, torch.compile(wrapped) if config.compile else wrapped,
+              dict(zip(task.parts, optimizers, strict=True)), ema, batches)
     if validation is not None and len(validation):
         batch = fetch_batch(validation, list(range(min(len(validation), config.batch_size))))
         task.validation_batch = send_to_device(batch, accelerator.device)

@@ -149,7 +149,7 @@ MUTATIONS = (
     _m(7, "the last step ends at alphas_cumprod[0]", "samplers.Denoiser.acp",
        "1.0 if t == -1", "self.table[0] if t == -1", "test_samplers.py::test_clean_end"),
     # 11 the average of the weights
-    _m(11, "the average moves after every micro-batch", "training.train_step",
+    _m(11, "the average moves after every micro-batch", "training.part_gradient",
        "        total += losses", "        run.ema.update(run.task.model, run.step + 1)\n        total += losses",
        "test_training.py::test_ema_moves_once_per_optimiser_step_under_accumulation"),
     _m(11, "checkpoints hold the last weights in place of the average", "training.save",

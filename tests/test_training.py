@@ -250,6 +250,88 @@ def test_two_processes_equal_one_and_stop_together(tmp_path):
     assert again.step == 32 and again.losses[:30] == two
 
 
+# ---------------------------------------------------------------- tasks of two parts
+
+
+def play_by_hand(config, task):
+    """The game of `GameTask` as a loop that one would write for it: two optimisers, the player first."""
+    player, critic = task.model.player, task.model.critic
+    moves = {"player": torch.optim.AdamW(player.parameters(), lr=1.0, weight_decay=config.weight_decay),
+             "critic": torch.optim.AdamW(critic.parameters(), lr=1.0, betas=(0.5, 0.9), weight_decay=config.weight_decay)}
+    losses, data = [], toy.Circle()
+    for step in range(config.steps):
+        points = data.points[batch_indices(len(data), config.batch_size, config.seed, step)]
+        for part, net, scale in (("player", player, 1.0), ("critic", critic, 2.0)):
+            rng = RowRandom(config.seed, step, range(config.batch_size))
+            if not task.active(part, step):
+                continue
+            loss = task.part_loss(part, task.model, {"point": points}, rng)[0].mean()
+            gradients = torch.autograd.grad(loss, list(net.parameters()))
+            for p, g in zip(net.parameters(), gradients, strict=True):
+                p.grad = g
+            nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
+            moves[part].param_groups[0]["lr"] = learning_rate(config, step) * scale
+            moves[part].step()
+            losses += [loss.item()] if part == "player" else []
+    return losses
+
+
+@pytest.mark.parametrize("critic_from", [0, 5])
+def test_two_parts_are_two_optimisers_in_turn(tmp_path, critic_from):
+    by_hand = toy.GameTask(critic_from=critic_from)
+    losses = play_by_hand(QUICK, by_hand)
+    task = toy.GameTask(critic_from=critic_from)
+    result = go(tmp_path, task=task)
+    np.testing.assert_allclose(result.losses, losses, rtol=0, atol=1e-6)
+    for key, value in by_hand.model.state_dict().items():
+        torch.testing.assert_close(task.model.state_dict()[key], value, rtol=0, atol=1e-6)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
+    assert ("loss_critic" in rows[0]) == (critic_from == 0) and all({"loss", "score", "grad_norm"} <= set(r) for r in rows)
+    assert {"loss_critic", "grad_norm_critic", "real"} <= set(rows[-1])
+
+
+def test_a_part_moves_nothing_of_another(tmp_path):
+    task = toy.GameTask(critic_from=10**9)
+    before = {k: v.clone() for k, v in task.model.state_dict().items()}
+    go(tmp_path, task=task)
+    moved = {k for k, v in task.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved == {"player.weight", "player.bias"}
+    assert all(p.requires_grad for p in task.model.parameters())
+
+
+def test_two_parts_resume_bit_for_bit_and_accumulate(tmp_path):
+    whole = go(tmp_path / "whole", task=toy.GameTask())
+    go(tmp_path / "parts", task=toy.GameTask(), stop_after=7)
+    both = go(tmp_path / "parts", task=toy.GameTask(seed=9))
+    assert both.losses == whole.losses
+    for stem in ("model", "ema", "optimizer"):
+        assert same(toy.weights(tmp_path / "whole", stem), toy.weights(tmp_path / "parts", stem)), stem
+    cut = go(tmp_path / "cut", QUICK.replace(accumulation=3), toy.GameTask())
+    np.testing.assert_allclose(cut.losses, whole.losses, rtol=0, atol=1e-6)
+
+
+def test_a_nan_of_the_second_part_is_named(tmp_path):
+    class Poisoned(toy.GameTask):
+        def part_loss(self, part, model, batch, rng):
+            losses, logs = super().part_loss(part, model, batch, rng)
+            return (losses * float("nan") if part == "critic" and rng.step == 3 else losses), logs
+
+    task = Poisoned()
+    with pytest.raises(NonFiniteLoss, match="step 3"):
+        go(tmp_path, task=task)
+    assert all(p.isfinite().all() for p in task.model.parameters())
+
+
+def test_two_processes_equal_one_in_a_game(tmp_path):
+    options = {"steps": 20, "accumulation": 2}
+    one = go(tmp_path / "one", toy.CONFIG.replace(**options), toy.GameTask())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", toy.__file__,
+               str(tmp_path / "two"), json.dumps(options | {"task": "game"})]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    np.testing.assert_allclose(one.losses, json.loads((tmp_path / "two" / "losses.json").read_text()), rtol=0, atol=1e-5)
+
+
 # ---------------------------------------------------------------- resume
 
 

@@ -63,6 +63,51 @@ class CircleTask(TrainingTask):
         return losses, {"t": t}
 
 
+class Pair(nn.Module):
+    """A player that moves points and a critic that scores them: all parameters of a two-part task in one module."""
+
+    def __init__(self):
+        super().__init__()
+        self.player, self.critic = nn.Linear(2, 2), nn.Linear(2, 1)
+
+    def forward(self, points, part):
+        moved = self.player(points)
+        if part == "player":
+            return moved, self.critic(moved)
+        return self.critic(points), self.critic(moved.detach())
+
+
+class GameTask(TrainingTask):
+    """The player wants high scores of its points, the critic low ones, with a quadratic leash on both."""
+
+    parts = ("player", "critic")
+
+    def __init__(self, seed: int = 0, critic_from: int = 0):
+        torch.manual_seed(seed)
+        self.model, self.critic_from = Pair(), critic_from
+
+    def describe(self) -> dict:
+        return {"task": "game", "critic_from": self.critic_from}
+
+    def parameter_groups(self):
+        return [{"params": list(self.model.player.parameters())},
+                {"params": list(self.model.critic.parameters()), "part": "critic", "lr_scale": 2.0, "betas": (0.5, 0.9)}]
+
+    def active(self, part, step):
+        return part != "critic" or step >= self.critic_from
+
+    def part_loss(self, part, model, batch, rng):
+        points = batch["point"] + 0.1 * rng.normal((2,), part)
+        if part == "player":
+            moved, score = model(points, part)
+            return (moved - points).square().mean(1) - score[:, 0], {"score": score[:, 0]}
+        real, fake = model(points, part)
+        return (fake - real)[:, 0] + 0.1 * (real.square() + fake.square())[:, 0], {"real": real[:, 0]}
+
+    def loss(self, model, batch, rng):
+        return self.part_loss("player", model, batch, rng)
+
+
 def weights(folder: Path, stem: str = "ema") -> dict:
     """The tensors of the newest checkpoint of a run."""
     from safetensors.torch import load_file
@@ -79,19 +124,20 @@ def train_child(folder: str, options: dict) -> None:
 def main(folder: str, options: dict) -> None:
     """As one of several processes: be stopped by a signal that only the last one gets, then go on to the end."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    base = {"circle": CircleTask, "game": GameTask}[options.pop("task", "circle")]
     config = CONFIG.replace(**options)
 
-    class Hurt(CircleTask):
-        def loss(self, model, batch, rng):
-            if rank == world - 1 and rng.step == 8:
+    class Hurt(base):
+        def part_loss(self, part, model, batch, rng):
+            if rank == world - 1 and rng.step == 8 and part == self.parts[0]:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return super().loss(model, batch, rng)
+            return super().part_loss(part, model, batch, rng)
 
     try:
         train(Hurt(seed=rank), Circle(), config, folder, validation=Circle(20), progress=False)
     except TrainingInterrupted as stop:
         Path(folder, f"stop{rank}").write_text(str(stop.step))
-    result = train(CircleTask(seed=rank), Circle(), config, folder, validation=Circle(20), progress=False)
+    result = train(base(seed=rank), Circle(), config, folder, validation=Circle(20), progress=False)
     if rank == 0:
         Path(folder, "losses.json").write_text(json.dumps(result.losses))
     torch.distributed.destroy_process_group()
