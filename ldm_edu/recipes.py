@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIRST_STAGES', 'DIFFUSIONS', 'FirstStageTask', 'DiffusionTask', 'draw_steps', 'FirstStageRecipe', 'DiffusionRecipe',
-           'train_autoencoder', 'train_diffusion', 'default_conditioner', 'all_captions', 'latent_scale',
-           'describe_data', 'run_card', 'write_picture', 'code_version', 'machine']
+           'train_autoencoder', 'train_diffusion', 'default_conditioner', 'all_captions', 'measure_latents',
+           'latent_scale', 'describe_data', 'run_card', 'write_picture', 'code_version', 'machine']
 
 # %% ../nbs/91_recipes.ipynb #56d461c4
 """Named recipes and the two calls that train them: `train_autoencoder` and `train_diffusion`.
@@ -25,13 +25,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .autoencoder import AUTOENCODERS, AutoencoderConfig, AutoencoderKL, first_stage_loss
+from .autoencoder import AUTOENCODERS, AutoencoderConfig, AutoencoderKL, LatentStatistics, first_stage_loss, latent_statistics
 from .checkpoint import cache_latents, newest_checkpoint, state_hash
 from .conditioning import ClassConfig, ClassConditioner, NoCondition, TextConditioner, TextConfig, train_tokenizer
-from .core import Config, check_choice
+from .core import Config, check_choice, default_device
 from .ldm import ConditionalUNet, LatentDiffusion, LDMConfig, build, save
 from .objective import diffusion_loss
 from .reading import learn_to_read
+from .runs import fetch_batch
 from .schedule import ScheduleConfig
 from .training import TrainConfig, TrainingTask, train
 from .unet import UNETS, UNet, UNetConfig
@@ -43,6 +44,10 @@ class FirstStageTask(TrainingTask):
 
     def __init__(self, model: AutoencoderKL, size: int, data: str = ""):
         self.model, self.size, self.data = model, size, data  # size in pixels; data: what the card says of them
+
+    def configure(self, dataset, config, device) -> None:
+        """Remember the data: their latents are measured at the end."""
+        self.dataset = dataset
 
     def loss(self, model: nn.Module, batch: Mapping, rng) -> tuple[Tensor, dict]:
         """Per-sample loss (b,) and logs of one step."""
@@ -63,7 +68,8 @@ class FirstStageTask(TrainingTask):
         """Write the finished first stage."""
         model = AutoencoderKL(self.model.config)
         model.load_state_dict(state_dict)
-        save(model, folder, card=run_card("first stage", self.data, info), overwrite=True)
+        latents = measure_latents(model.to(default_device()).eval(), self.dataset).to_dict()
+        save(model, folder, card={**run_card("first stage", self.data, info), "latents": latents}, overwrite=True)
 
 
 class DiffusionTask(TrainingTask):
@@ -237,6 +243,13 @@ def all_captions(data) -> list[str]:
     if known is not None:
         return list(known() if callable(known) else known)
     return [data[i]["caption"] for i in range(len(data))]
+
+
+def measure_latents(first_stage: AutoencoderKL, data, images: int = 1024, batch_size: int = 32) -> LatentStatistics:
+    """Mean and spread of a first stage's latents, over all and by channel, of (at most) `images` evenly spaced pictures."""
+    rows = range(0, len(data), max(1, len(data) // images))[:images]
+    parts = (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
+    return latent_statistics(first_stage, (fetch_batch(data, list(part)) for part in parts))
 
 
 def latent_scale(latents, rows: int = 4096) -> float:

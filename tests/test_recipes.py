@@ -139,3 +139,19 @@ def test_training_calls_return_and_save_the_averaged_weights(tmp_path):
     check_averaged(reports, model.net.state_dict(), load(tmp_path / "ldm").net.state_dict())
     assert not model.training and not stage.training
     assert isinstance(model.first_stage, AutoencoderKL) and all(not p.requires_grad for p in model.first_stage.parameters())
+
+
+# ---------------------------------------------------------------- the finished first stage
+
+
+def test_a_first_stages_card_tells_its_latents(tmp_path):
+    data = Scenes(16, n=24, objects=(1, 1), fields=("image",))
+    train_autoencoder(data, FirstStageRecipe(STAGE, QUICK), tmp_path, progress=False)
+    stage = load_first_stage(tmp_path)
+    told = stage.card["latents"]
+    with torch.no_grad():
+        posterior = stage.encode(data.render(range(24))["image"])
+    assert told["n"] == 24
+    assert_close(torch.tensor(told["channel_mean"]), posterior.mean.mean((0, 2, 3)), atol=1e-4, rtol=0)
+    variance = posterior.mean.var((0, 2, 3), correction=0) + posterior.std.square().mean((0, 2, 3))
+    assert_close(torch.tensor(told["channel_std"]), variance.sqrt(), atol=1e-4, rtol=0)

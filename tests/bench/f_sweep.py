@@ -1,0 +1,153 @@
+"""Latents of every size on one clock: train first stage and diffusion for f = 1, 2, 4, 8, 16 and measure what they draw.
+
+`python tests/bench/f_sweep.py --out runs/f-sweep` trains on Scenes of 64 pixels, each first stage and each diffusion model for
+the same number of seconds, and writes `f-sweep.json`; what is finished is not trained again, so a run that was cut goes on.
+Lesson 14b reads the copy in data/sweeps. Run it on an idle machine: seconds are turned into steps by the speed of the first ones.
+"""
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from ldm_edu.autoencoder import AutoencoderConfig
+from ldm_edu.core import default_device, write_json
+from ldm_edu.data import Scenes, make_prompts
+from ldm_edu.evaluation import reference_statistics
+from ldm_edu.features import scenes_extractor
+from ldm_edu.grader import grade
+from ldm_edu.metrics import FeatureStatistics, fid_interval, psnr
+from ldm_edu.quantize import IdentityStage
+from ldm_edu.recipes import DiffusionRecipe, FirstStageRecipe, code_version, machine, train_autoencoder, train_diffusion
+from ldm_edu.training import TrainConfig
+
+# f: (channels of a latent as in the paper's KL stages, ch_mult of the first stage, changes of the UNet "text-tiny")
+SIZES = {
+    1: (3, (1,), dict(model_channels=32, ch_mult=(1, 1, 2, 3), attention_levels=(8,))),
+    2: (2, (1, 2), dict(model_channels=32, ch_mult=(1, 2, 3), attention_levels=(4,))),
+    4: (3, (1, 2, 4), dict(model_channels=48, ch_mult=(1, 2), attention_levels=(2,))),
+    8: (4, (1, 2, 4, 4), dict(model_channels=64, ch_mult=(1, 1), attention_levels=(1, 2))),
+    16: (16, (1, 2, 4, 4, 4), dict(model_channels=64, ch_mult=(1, 1), attention_levels=(1, 2))),
+}
+STAGE = TrainConfig(batch_size=8, lr=2e-3, weight_decay=1e-4, warmup_steps=50, final_lr_fraction=0.0, ema_decay=0.99, precision="auto")
+DIFFUSION = STAGE.replace(batch_size=16, lr=1e-3, warmup_steps=100, ema_decay=0.995)
+
+
+class Clock:
+    """A trainer's callback that notes when each step ended."""
+
+    def __init__(self):
+        self.times = []
+
+    def __call__(self, report) -> None:
+        self.times.append(time.perf_counter())
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Median over all but the first five."""
+        gaps = torch.tensor(self.times[5:]).diff()
+        return gaps.median().item()
+
+
+def steps_for(seconds: float, train) -> tuple[int, float]:
+    """How many steps fit into `seconds`, and the seconds of one; `train(out, steps, callbacks)` runs a few to see."""
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        train(folder, 25, [clock])
+    return max(50, int(seconds / clock.seconds_per_step)), clock.seconds_per_step
+
+
+def make_stage(f: int, args, data, held_out, out: Path):
+    """The first stage of one f, trained for `args.stage_seconds` (identity at f = 1), and what to write down of it."""
+    z, mult, _ = SIZES[f]
+    if f == 1:
+        return IdentityStage(AutoencoderConfig(3, 32, (1,), double_z=False)), {"steps": 0, "seconds_per_step": 0.0}
+    config = AutoencoderConfig(z, 16, mult, 1, (), False, num_groups=2, pixel_loss="l2", kl_weight=1e-4)
+
+    def train(folder, steps, callbacks=()):
+        return train_autoencoder(data, FirstStageRecipe(config, STAGE), folder, steps=steps, seed=args.seed, callbacks=callbacks, progress=False)
+
+    steps, each = remembered(out / "stage-steps.json", lambda: steps_for(args.stage_seconds, train))
+    return train(out / "stage", steps), {"steps": steps, "seconds_per_step": each}
+
+
+def remembered(path: Path, measure):
+    """What `measure` returned the first time: a run that goes on keeps its number of steps."""
+    if not path.exists():
+        write_json(path, measure())
+    return json.loads(path.read_text())
+
+
+@torch.no_grad()
+def reconstruction(stage, data) -> float:
+    """Mean PSNR of unseen pictures (infinite at f = 1, written as None)."""
+    x = torch.stack([data[i]["image"] for i in range(len(data))])
+    y = torch.cat([stage.decode(stage.encode(part).mode()).clamp(-1, 1) for part in x.split(32)])
+    value = psnr(y, x).mean().item()
+    return round(value, 2) if value < 200 else None
+
+
+def measure(model, args, reference) -> dict:
+    """Frechet distance with its interval, grader accuracy, pictures a second of sampling."""
+    prompts = make_prompts(args.prompts, seed=0, kind="single")
+    start = time.perf_counter()
+    images = model.sample(prompts, steps=20, seed=1000)
+    seconds = time.perf_counter() - start
+    features = scenes_extractor()(images)
+    interval = fid_interval(features, reference, generator=torch.Generator().manual_seed(0))
+    grades = grade(images, prompts).summary()
+    return {"frechet": [round(v, 3) for v in interval], "pictures_per_second": round(len(prompts) / seconds, 2),
+            "grades": {k: grades[k] for k in ("colour", "shape", "pair")}}
+
+
+def run_one(f: int, args, data, held_out, reference) -> dict:
+    """Everything of one f."""
+    out = Path(args.out) / f"f{f}"
+    out.mkdir(parents=True, exist_ok=True)
+    stage, told = make_stage(f, args, data, held_out, out)
+    stage = stage.to(default_device()).eval()
+    recipe = DiffusionRecipe("text-tiny", "text", train=DIFFUSION)
+    changes = {"num_groups": 8, "head_dim": 32, **SIZES[f][2]}
+
+    def train(folder, steps, callbacks=()):
+        return train_diffusion(data, stage, recipe, folder, unet=changes, steps=steps, seed=args.seed, callbacks=callbacks, progress=False)
+
+    steps, each = remembered(out / "steps.json", lambda: steps_for(args.seconds, train))
+    model = train(out / "diffusion", steps)
+    count = sum(p.numel() for p in model.net.unet.parameters())
+    return {"f": f, "z_channels": SIZES[f][0], "stage": told, "psnr": reconstruction(stage, held_out), "steps": steps,
+            "seconds_per_step": round(each, 4), "pictures_trained_per_second": round(DIFFUSION.batch_size / each, 1),
+            "unet_parameters": count, **measure(model, args, reference)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="runs/f-sweep")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=480, help="of diffusion training, each f")
+    parser.add_argument("--stage-seconds", type=float, default=180, help="of first-stage training, each f")
+    parser.add_argument("--scenes", type=int, default=6000)
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--factors", type=int, nargs="+", default=list(SIZES))
+    args = parser.parse_args()
+    fields = ("image", "caption")
+    data = Scenes(args.size, n=args.scenes, objects=(1, 1), fields=fields, seed=args.seed)
+    held_out = Scenes(args.size, n=64, objects=(1, 1), split="validation", fields=fields, seed=args.seed)
+    unseen = Scenes(args.size, n=1024, objects=(1, 1), split="test", fields=("image",), seed=args.seed)
+    extractor = scenes_extractor()
+    reference = FeatureStatistics(torch.cat([extractor(unseen.render(range(i, i + 128))["image"]) for i in range(0, 1024, 128)]))
+    rows = []
+    for f in args.factors:
+        path = Path(args.out) / f"f{f}" / "result.json"
+        if not path.exists():
+            write_json(path, run_one(f, args, data, held_out, reference))
+        rows.append(json.loads(path.read_text()))
+        print(json.dumps(rows[-1]), flush=True)
+    write_json(Path(args.out) / "f-sweep.json", {"settings": vars(args), "machine": machine(), "commit": code_version(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
