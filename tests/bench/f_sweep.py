@@ -15,7 +15,6 @@ import torch
 from ldm_edu.autoencoder import AutoencoderConfig
 from ldm_edu.core import default_device, write_json
 from ldm_edu.data import Scenes, make_prompts
-from ldm_edu.evaluation import reference_statistics
 from ldm_edu.features import scenes_extractor
 from ldm_edu.grader import grade
 from ldm_edu.metrics import FeatureStatistics, fid_interval, psnr
@@ -59,7 +58,7 @@ def steps_for(seconds: float, train) -> tuple[int, float]:
     return max(50, int(seconds / clock.seconds_per_step)), clock.seconds_per_step
 
 
-def make_stage(f: int, args, data, held_out, out: Path):
+def make_stage(f: int, args, data, out: Path):
     """The first stage of one f, trained for `args.stage_seconds` (identity at f = 1), and what to write down of it."""
     z, mult, _ = SIZES[f]
     if f == 1:
@@ -89,8 +88,13 @@ def reconstruction(stage, data) -> float:
     return round(value, 2) if value < 200 else None
 
 
-def measure(model, args, reference) -> dict:
-    """Frechet distance with its interval, grader accuracy, pictures a second of sampling."""
+def log_spectrum(images) -> torch.Tensor:
+    """Mean power of each spatial frequency, in decibel."""
+    return 10 * torch.fft.rfft2(images - images.mean((2, 3), keepdim=True)).abs().square().mean((0, 1)).clamp_min(1e-6).log10()
+
+
+def measure(model, args, reference, spectrum) -> dict:
+    """Frechet distance with its interval, distance of the log spectra, grader accuracy, pictures drawn a second."""
     prompts = make_prompts(args.prompts, seed=0, kind="single")
     start = time.perf_counter()
     images = model.sample(prompts, steps=20, seed=1000)
@@ -98,15 +102,17 @@ def measure(model, args, reference) -> dict:
     features = scenes_extractor()(images)
     interval = fid_interval(features, reference, generator=torch.Generator().manual_seed(0))
     grades = grade(images, prompts).summary()
-    return {"frechet": [round(v, 3) for v in interval], "pictures_per_second": round(len(prompts) / seconds, 2),
+    gap = (log_spectrum(images) - spectrum).abs().mean().item()
+    return {"frechet": [round(v, 3) for v in interval], "spectrum_gap_db": round(gap, 2),
+            "pictures_per_second": round(len(prompts) / seconds, 2),
             "grades": {k: grades[k] for k in ("colour", "shape", "pair")}}
 
 
-def run_one(f: int, args, data, held_out, reference) -> dict:
+def run_one(f: int, args, data, held_out, reference, spectrum) -> dict:
     """Everything of one f."""
     out = Path(args.out) / f"f{f}"
     out.mkdir(parents=True, exist_ok=True)
-    stage, told = make_stage(f, args, data, held_out, out)
+    stage, told = make_stage(f, args, data, out)
     stage = stage.to(default_device()).eval()
     recipe = DiffusionRecipe("text-tiny", "text", train=DIFFUSION)
     changes = {"num_groups": 8, "head_dim": 32, **SIZES[f][2]}
@@ -119,7 +125,7 @@ def run_one(f: int, args, data, held_out, reference) -> dict:
     count = sum(p.numel() for p in model.net.unet.parameters())
     return {"f": f, "z_channels": SIZES[f][0], "stage": told, "psnr": reconstruction(stage, held_out), "steps": steps,
             "seconds_per_step": round(each, 4), "pictures_trained_per_second": round(DIFFUSION.batch_size / each, 1),
-            "unet_parameters": count, **measure(model, args, reference)}
+            "unet_parameters": count, **measure(model, args, reference, spectrum)}
 
 
 def main() -> None:
@@ -139,11 +145,11 @@ def main() -> None:
     unseen = Scenes(args.size, n=1024, objects=(1, 1), split="test", fields=("image",), seed=args.seed)
     extractor = scenes_extractor()
     reference = FeatureStatistics(torch.cat([extractor(unseen.render(range(i, i + 128))["image"]) for i in range(0, 1024, 128)]))
-    rows = []
+    spectrum, rows = log_spectrum(unseen.render(range(1024))["image"]), []
     for f in args.factors:
         path = Path(args.out) / f"f{f}" / "result.json"
         if not path.exists():
-            write_json(path, run_one(f, args, data, held_out, reference))
+            write_json(path, run_one(f, args, data, held_out, reference, spectrum))
         rows.append(json.loads(path.read_text()))
         print(json.dumps(rows[-1]), flush=True)
     write_json(Path(args.out) / "f-sweep.json", {"settings": vars(args), "machine": machine(), "commit": code_version(), "rows": rows})
