@@ -1,10 +1,12 @@
-"""Names and shapes of a first stage's weights in diffusers' AutoencoderKL."""
+"""Names and shapes of a first stage's weights in diffusers' AutoencoderKL and VQModel."""
 import re
 
 import torch
 from diffusers import AutoencoderKL as Reference
+from diffusers import VQModel as VQReference
 
 from ldm_edu.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm_edu.quantize import AutoencoderVQ
 
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
@@ -25,7 +27,7 @@ def reference_name(name: str, levels: int) -> str:
     return name
 
 
-def to_reference(model: AutoencoderKL) -> dict[str, torch.Tensor]:
+def to_reference(model: AutoencoderKL | AutoencoderVQ) -> dict[str, torch.Tensor]:
     """Our state dict under diffusers' names; the 1x1 convolutions of attention become matrices."""
     levels, result = len(model.config.ch_mult), {}
     for name, value in model.state_dict().items():
@@ -48,4 +50,22 @@ def make_reference(config: AutoencoderConfig) -> Reference:
         mid_block_add_attention=config.mid_attention,
         down_block_types=tuple("AttnDownEncoderBlock2D" if k else "DownEncoderBlock2D" for k in kinds),
         up_block_types=tuple("AttnUpDecoderBlock2D" if k else "UpDecoderBlock2D" for k in reversed(kinds)),
+    )
+
+
+def make_vq_reference(config: AutoencoderConfig, **options) -> VQReference:
+    """diffusers' VQ model of the same architecture, freshly initialised; `to_reference` maps its weights too."""
+    kinds = [2**i in config.attention_levels for i in range(len(config.ch_mult))]
+    return VQReference(
+        in_channels=config.in_channels,
+        out_channels=config.in_channels,
+        latent_channels=config.z_channels,
+        num_vq_embeddings=config.codes,
+        block_out_channels=config.widths,
+        layers_per_block=config.num_res_blocks,
+        norm_num_groups=config.num_groups,
+        mid_block_add_attention=config.mid_attention,
+        down_block_types=tuple("AttnDownEncoderBlock2D" if k else "DownEncoderBlock2D" for k in kinds),
+        up_block_types=tuple("AttnUpDecoderBlock2D" if k else "UpDecoderBlock2D" for k in reversed(kinds)),
+        **options,
     )

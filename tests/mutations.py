@@ -71,7 +71,6 @@ BUGS = {
 WAITING = (
     Waiting(8, "losses", ("ldm_edu/losses.py",)),
     Waiting(9, "losses", ("ldm_edu/losses.py",)),
-    Waiting(10, "quantize", ("ldm_edu/quantize.py",)),
     Waiting(22, "inpainting", ("nbs/19_inpainting.ipynb", "ldm_edu/inpainting.py")),
 )
 
@@ -148,6 +147,22 @@ MUTATIONS = (
     # 7 the end of the walk
     _m(7, "the last step ends at alphas_cumprod[0]", "samplers.Denoiser.acp",
        "1.0 if t == -1", "self.table[0] if t == -1", "test_samplers.py::test_clean_end"),
+    # 10 codebook and commitment
+    _m(10, "the commitment's weight is on the codebook term", "quantize.VectorQuantizer.forward",
+       "codebook + self.commitment * commitment", "self.commitment * codebook + commitment", "test_quantize.py::test_beta_is_on_the_commitment"),
+    _m(10, "the two terms change places: each is detached on the other's side", "quantize.VectorQuantizer.forward",
+       "_mean_square(z.detach(), codes), _mean_square(z, codes.detach())", "_mean_square(z, codes.detach()), _mean_square(z.detach(), codes)",
+       "test_quantize.py::test_each_term_moves_its_side_only"),
+    _m(10, "the codebook term moves the encoder too", "quantize.VectorQuantizer.forward",
+       "_mean_square(z.detach(), codes)", "_mean_square(z, codes)", "test_quantize.py::test_each_term_moves_its_side_only"),
+    _m(10, "the commitment term moves the codes too", "quantize.VectorQuantizer.forward",
+       "_mean_square(z, codes.detach())", "_mean_square(z, codes)", "test_quantize.py::test_each_term_moves_its_side_only"),
+    _m(10, "the decoder moves the codes: the straight-through copy is not detached", "quantize.straight_through",
+       "codes.detach().to", "codes.to", "test_quantize.py::test_each_term_moves_its_side_only"),
+    _m(10, "the decoder's gradient stops at the codes and never reaches the encoder", "quantize.straight_through",
+       "(z - z.detach())", "(z - z.detach()).detach()", "test_quantize.py::test_straight_through_gradient_is_that_of_the_relaxed_objective"),
+    _m(10, "with averages, the codebook term is the loss and the commitment is left out", "quantize.VectorQuantizer.forward",
+       "self.commitment * commitment if", "self.commitment * codebook if", "test_quantize.py::test_averages_leave_the_encoder_its_commitment"),
     # 11 the average of the weights
     _m(11, "the average moves after every micro-batch", "training.part_gradient",
        "        total += losses", "        run.ema.update(run.task.model, run.step + 1)\n        total += losses",
