@@ -23,11 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .autoencoder import AutoencoderConfig, AutoencoderKL
+from .autoencoder import AutoencoderConfig
 from .conditioning import Condition, Conditioner, make_conditioner
 from .core import Config, atomic_path, check_images, check_shape, make_generators, read_json, write_json
 from .guidance import GuidedModel
 from .objective import PREDICTIONS
+from .quantize import make_first_stage
 from .samplers import Denoiser
 from .samplers import sample as run_sampler
 from .schedule import ScheduleConfig, schedule_from_config
@@ -58,7 +59,7 @@ class LDMConfig(Config):
 class LatentSpace(nn.Module):
     """A frozen first stage and its scale factor: images (b, 3, h, w) in [-1, 1] <-> latents of about unit variance."""
 
-    def __init__(self, config: LDMConfig, first_stage: AutoencoderKL):
+    def __init__(self, config: LDMConfig, first_stage: nn.Module):
         super().__init__()
         self.config, self.first_stage = config, first_stage.requires_grad_(False)
 
@@ -176,7 +177,7 @@ def tell_training(card: Mapping) -> str:
 class LatentDiffusion(LatentSpace):
     """Diffusion in the latent space of a frozen first stage [Rombach et al. 2022, Sec. 3]."""
 
-    def __init__(self, config: LDMConfig, first_stage: AutoencoderKL, net: ConditionalUNet, card: dict | None = None):
+    def __init__(self, config: LDMConfig, first_stage: nn.Module, net: ConditionalUNet, card: dict | None = None):
         super().__init__(config, first_stage)
         self.net, self.card, self.schedule = net, card or {}, schedule_from_config(config.schedule)
 
@@ -217,10 +218,10 @@ class LatentDiffusion(LatentSpace):
 def build(config: LDMConfig) -> LatentDiffusion:
     """A model of this config at random weights."""
     conditioner = make_conditioner(config.conditioner)
-    return LatentDiffusion(config, AutoencoderKL(config.first_stage), ConditionalUNet(UNet(config.unet), conditioner))
+    return LatentDiffusion(config, make_first_stage(config.first_stage), ConditionalUNet(UNet(config.unet), conditioner))
 
 
-def save(model: LatentDiffusion | AutoencoderKL, folder: str | Path, card: dict | None = None, dtype: torch.dtype | None = None,
+def save(model: nn.Module, folder: str | Path, card: dict | None = None, dtype: torch.dtype | None = None,
          overwrite: bool = False) -> Path:
     """Write a model or a first stage to `folder`: weights as safetensors (in `dtype` if given), config and card as JSON.
 
@@ -303,10 +304,10 @@ def load(name: str | Path, device: str | torch.device = "cpu") -> LatentDiffusio
     return model.to(device).eval()
 
 
-def load_first_stage(name: str | Path, device: str | torch.device = "cpu") -> AutoencoderKL:
-    """Load a first stage, shipped (by name) or your own (by folder)."""
+def load_first_stage(name: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """Load a first stage (KL, VQ or identity), shipped (by name) or your own (by folder)."""
     folder, values, card = _read(name, "first-stage")
-    model = AutoencoderKL(AutoencoderConfig.from_dict(values))
+    model = make_first_stage(AutoencoderConfig.from_dict(values))
     load_state(model, folder / "model.safetensors")
     model.card = card
     return model.to(device).eval()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIRST_STAGES', 'DIFFUSIONS', 'FirstStageTask', 'DiffusionTask', 'draw_steps', 'FirstStageRecipe', 'DiffusionRecipe',
-           'train_autoencoder', 'train_diffusion', 'default_conditioner', 'all_captions', 'measure_latents',
-           'latent_scale', 'describe_data', 'run_card', 'write_picture', 'code_version', 'machine']
+           'train_autoencoder', 'train_diffusion', 'default_conditioner', 'all_captions', 'start_codebook',
+           'measure_latents', 'latent_scale', 'describe_data', 'run_card', 'write_picture', 'code_version', 'machine']
 
 # %% ../nbs/91_recipes.ipynb #56d461c4
 """Named recipes and the two calls that train them: `train_autoencoder` and `train_diffusion`.
@@ -25,12 +25,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .autoencoder import AUTOENCODERS, AutoencoderConfig, AutoencoderKL, LatentStatistics, first_stage_loss, latent_statistics
+from .autoencoder import AUTOENCODERS, AutoencoderConfig, LatentStatistics, first_stage_loss, latent_statistics
 from .checkpoint import cache_latents, newest_checkpoint, state_hash
 from .conditioning import ClassConfig, ClassConditioner, NoCondition, TextConditioner, TextConfig, train_tokenizer
 from .core import Config, check_choice, default_device
 from .ldm import ConditionalUNet, LatentDiffusion, LDMConfig, build, save
 from .objective import diffusion_loss
+from .quantize import make_first_stage
 from .reading import learn_to_read
 from .runs import fetch_batch
 from .schedule import ScheduleConfig
@@ -40,14 +41,17 @@ from .viz import png_bytes, to_grid
 
 # %% ../nbs/91_recipes.ipynb #26a53671
 class FirstStageTask(TrainingTask):
-    """Train a KL first stage: encode, sample the posterior, decode, compare."""
+    """Train a KL or VQ first stage: encode, sample the posterior or quantise, decode, compare."""
 
-    def __init__(self, model: AutoencoderKL, size: int, data: str = ""):
+    def __init__(self, model: nn.Module, size: int, data: str = ""):
         self.model, self.size, self.data = model, size, data  # size in pixels; data: what the card says of them
 
     def configure(self, dataset, config, device) -> None:
-        """Remember the data: their latents are measured at the end."""
+        """Remember the data, whose latents are measured at the end; start a codebook from k-means and keep its codes in use."""
         self.dataset = dataset
+        if self.model.config.kind == "vq":
+            start_codebook(self.model, dataset, config.seed)
+            self.model.quantize.reduce, self.model.quantize.process = self.reduce, self.process
 
     def loss(self, model: nn.Module, batch: Mapping, rng) -> tuple[Tensor, dict]:
         """Per-sample loss (b,) and logs of one step."""
@@ -57,7 +61,7 @@ class FirstStageTask(TrainingTask):
         """What this run is, for resuming only into the same."""
         return {"task": "first-stage", "size": self.size, "model": self.model.config.to_dict()}
 
-    def draw(self, ema_model: AutoencoderKL, step: int, folder: Path) -> None:
+    def draw(self, ema_model: nn.Module, step: int, folder: Path) -> None:
         """Write pictures above their reconstructions."""
         if self.validation_batch is not None:
             x = self.validation_batch["image"][:8]
@@ -66,7 +70,7 @@ class FirstStageTask(TrainingTask):
 
     def export(self, folder: Path, state_dict: Mapping[str, Tensor], info: dict) -> None:
         """Write the finished first stage."""
-        model = AutoencoderKL(self.model.config)
+        model = make_first_stage(self.model.config)
         model.load_state_dict(state_dict)
         latents = measure_latents(model.to(default_device()).eval(), self.dataset).to_dict()
         save(model, folder, card={**run_card("first stage", self.data, info), "latents": latents}, overwrite=True)
@@ -155,8 +159,8 @@ class DiffusionRecipe(Config):
 # %% ../nbs/91_recipes.ipynb #a718cabe
 def train_autoencoder(data, recipe: str | FirstStageRecipe = "kl-f4-tiny", out: str | Path = "runs/first-stage", *,
                       validation=None, model: dict | None = None, resume: bool = True, progress: bool = True,
-                      callbacks=(), **train_options) -> AutoencoderKL:
-    """Train a first stage on images and return it (EMA weights), saved in `out`.
+                      callbacks=(), **train_options) -> nn.Module:
+    """Train a first stage (KL or VQ) on images and return it (EMA weights), saved in `out`.
 
     `data`: a data set whose items hold `image` (3, h, w) in [-1, 1] (`Scenes`, `ImageFolder`, ...). `recipe`: a name
     in FIRST_STAGES or a recipe. `model` and further keywords replace fields of the recipe's model and training
@@ -167,7 +171,9 @@ def train_autoencoder(data, recipe: str | FirstStageRecipe = "kl-f4-tiny", out: 
     config, options = recipe.model.replace(**(model or {})), recipe.train.replace(**train_options)
     torch.manual_seed(options.seed)
     size = data[0]["image"].shape[-1]
-    task = FirstStageTask(AutoencoderKL(config), size, describe_data(data))
+    if config.kind == "identity":
+        raise ValueError("model: got the identity stage, which has nothing to train; use make_first_stage(config) as it is")
+    task = FirstStageTask(make_first_stage(config), size, describe_data(data))
     if size % config.downsample_factor:
         raise ValueError(f"data: got images of {size} pixels, expected a multiple of f = {config.downsample_factor}")
     result = train(task, data, options, out, validation=validation, resume=resume, progress=progress, callbacks=callbacks)
@@ -175,7 +181,7 @@ def train_autoencoder(data, recipe: str | FirstStageRecipe = "kl-f4-tiny", out: 
     return task.model.eval()
 
 
-def train_diffusion(data, first_stage: AutoencoderKL, recipe: str | DiffusionRecipe = "text-tiny",
+def train_diffusion(data, first_stage: nn.Module, recipe: str | DiffusionRecipe = "text-tiny",
                     out: str | Path = "runs/diffusion", *, validation=None, resume: bool = True, progress: bool = True,
                     callbacks=(), conditioner=None, unet: dict | None = None, recipe_options: dict | None = None,
                     start_from: LatentDiffusion | None = None, **train_options) -> LatentDiffusion:
@@ -215,7 +221,7 @@ def _named(recipe, registry: Mapping, what: str):
     return registry[check_choice(what, recipe, registry)] if isinstance(recipe, str) else recipe
 
 
-def _moments(first_stage: AutoencoderKL, images: Tensor):
+def _moments(first_stage: nn.Module, images: Tensor):
     """Encode on the first stage's own device."""
     return first_stage.encode(images.to(next(first_stage.parameters()).device))
 
@@ -245,7 +251,22 @@ def all_captions(data) -> list[str]:
     return [data[i]["caption"] for i in range(len(data))]
 
 
-def measure_latents(first_stage: AutoencoderKL, data, images: int = 1024, batch_size: int = 32) -> LatentStatistics:
+def start_codebook(model: nn.Module, data, seed: int, patience: int = 20) -> None:
+    """Put a VQ stage's codes at the k-means centres of some latents, and let training move those that stay unused for long.
+
+    Raises ValueError for data with fewer latents than the codebook has codes.
+    """
+    cells = (data[0]["image"].shape[-1] // model.config.downsample_factor) ** 2
+    n = min(len(data), max(32, -(-8 * model.config.codes // cells)))
+    with torch.no_grad():
+        latents = model.encode(fetch_batch(data, list(range(n)))["image"].to(next(model.parameters()).device)).mean
+    if latents[:, 0].numel() < model.config.codes:
+        raise ValueError(f"codes: got {model.config.codes} for {n} images of {cells} latents each, expected no more codes than latents")
+    model.quantize.initialise(latents, torch.Generator().manual_seed(seed))
+    model.quantize.keep_alive(patience, seed)
+
+
+def measure_latents(first_stage: nn.Module, data, images: int = 1024, batch_size: int = 32) -> LatentStatistics:
     """Mean and spread of a first stage's latents, over all and by channel, of (at most) `images` evenly spaced pictures."""
     rows = range(0, len(data), max(1, len(data) // images))[:images]
     parts = (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
@@ -260,7 +281,7 @@ def latent_scale(latents, rows: int = 4096) -> float:
     return float(variance.rsqrt())
 
 
-def _start(model: LatentDiffusion, first_stage: AutoencoderKL, recipe: DiffusionRecipe) -> dict:
+def _start(model: LatentDiffusion, first_stage: nn.Module, recipe: DiffusionRecipe) -> dict:
     """Check that a run can go on from `model`, make it trainable, and return its hash and the outline of its card."""
     if state_hash(model.first_stage) != state_hash(first_stage):
         raise ValueError("start_from: got a model of another first stage, expected the first stage that encodes the pictures")
@@ -328,9 +349,11 @@ def machine() -> str:
 # %% ../nbs/91_recipes.ipynb #604bb9e4
 _SMALL = TrainConfig(batch_size=32, lr=2e-3, weight_decay=1e-4, warmup_steps=100, final_lr_fraction=0.0, ema_decay=0.99)
 _TINY_STAGE = AutoencoderConfig(4, 16, (1, 2, 4), 1, mid_attention=False, num_groups=2, pixel_loss="l2", kl_weight=1e-3)
+_TINY_VQ = _TINY_STAGE.replace(double_z=False, codes=512, codebook_decay=0.99)
 
 FIRST_STAGES = {
     "kl-f4-tiny": FirstStageRecipe(_TINY_STAGE, _SMALL.replace(steps=6000, batch_size=16, warmup_steps=900, ema_decay=0.999, precision="auto", log_every=50)),
+    "vq-f4-tiny": FirstStageRecipe(_TINY_VQ, _SMALL.replace(steps=6000, batch_size=16, warmup_steps=900, ema_decay=0.999, precision="auto", log_every=50)),
     "kl-f4-demo": FirstStageRecipe(_TINY_STAGE, _SMALL.replace(steps=1200, batch_size=16, warmup_steps=180, precision="auto")),
 }
 

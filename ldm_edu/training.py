@@ -133,8 +133,10 @@ class TrainingTask:
         """Whether a part is updated at optimiser step `step`, counted from 0; the first part always is."""
         return True
 
+    process: tuple[int, int] = (0, 1)  # this process and how many there are; the trainer sets it, and `reduce`
+
     def reduce(self, tensor: Tensor) -> Tensor:
-        """The tensor summed over all processes; the trainer puts the real one here."""
+        """The tensor summed over all processes."""
         return tensor
 
     def validation_loss(self, model: nn.Module, rng: RowRandom) -> Tensor:
@@ -476,6 +478,8 @@ def run_identity(task: TrainingTask, dataset, config: TrainConfig) -> dict:
 def start_run(task: TrainingTask, dataset, config: TrainConfig, out: Path, validation, resume: bool) -> Run:
     """Check the inputs, wrap model and optimiser, and go back to the newest checkpoint."""
     accelerator = make_accelerator(config, task.find_unused_parameters or len(task.parts) > 1)
+    task.reduce = functools.partial(accelerator.reduce, reduction="sum")
+    task.process = accelerator.process_index, accelerator.num_processes
     task.configure(dataset, config, accelerator.device)
     identity = run_identity(task, dataset, config)
     check_folder(out, identity, resume, CHANGEABLE)
@@ -483,7 +487,6 @@ def start_run(task: TrainingTask, dataset, config: TrainConfig, out: Path, valid
     task.model.to(accelerator.device).train()
     ema = EMA(task.model, config.ema_decay, config.ema_warmup)
     wrapped, *optimizers = accelerator.prepare(task.model, *(make_optimizer(task, config, accelerator.device, p) for p in task.parts))
-    task.reduce = functools.partial(accelerator.reduce, reduction="sum")
     ema.load(task.model.state_dict())  # all processes start from the weights of the first
     batches = StepBatches(dataset, config, share(config.batch_size, accelerator.num_processes, accelerator.process_index))
     run = Run(task, config, out, accelerator, torch.compile(wrapped) if config.compile else wrapped,

@@ -1,5 +1,6 @@
 """The diffusion step of the recipes against oracles, the scale factor, and which weights a training call returns."""
 import copy
+import json
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from ldm_edu.conditioning import NoCondition
 from ldm_edu.data import Scenes
 from ldm_edu.ldm import LDMConfig, build, load, load_first_stage
 from ldm_edu.objective import PREDICTIONS
+from ldm_edu.quantize import AutoencoderVQ, IdentityStage
 from ldm_edu.recipes import (
     DiffusionRecipe,
     DiffusionTask,
@@ -155,3 +157,58 @@ def test_a_first_stages_card_tells_its_latents(tmp_path):
     assert_close(torch.tensor(told["channel_mean"]), posterior.mean.mean((0, 2, 3)), atol=1e-4, rtol=0)
     variance = posterior.mean.var((0, 2, 3), correction=0) + posterior.std.square().mean((0, 2, 3))
     assert_close(torch.tensor(told["channel_std"]), variance.sqrt(), atol=1e-4, rtol=0)
+
+
+VQ = STAGE.replace(double_z=False, codes=32, pixel_loss="l2")
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_a_vq_stage_trains_resumes_and_carries_a_diffusion_model(tmp_path, decay):
+    data, quick = Scenes(16, n=24, objects=(1, 1), fields=("image", "caption")), QUICK.replace(steps=40, log_every=1, lr=2e-3)
+    recipe = FirstStageRecipe(VQ.replace(codebook_decay=decay), quick)
+
+    def go(folder, **options):
+        return train_autoencoder(data, recipe, tmp_path / folder, progress=False, **options)
+
+    whole = go("whole")
+    with pytest.raises(KeyboardInterrupt):
+        go("parts", callbacks=[lambda report: raise_at(report.step, 17)], save_every=8)
+    resumed = go("parts", save_every=8)
+    assert isinstance(whole, AutoencoderVQ)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+    x = data.render(range(24))["image"]
+    with torch.no_grad():
+        loaded = load_first_stage(tmp_path / "whole")
+        assert_close(loaded.decode(loaded.encode(x).mode()), whole.decode(whole.encode(x).mode()))
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").open()]
+    assert {"usage", "perplexity", "commitment", "psnr"} <= set(rows[-1]) and rows[-1]["usage"] > 0.3
+    model = train_diffusion(data, whole, DiffusionRecipe("tiny", "none", guidance_scale=1.0, train=QUICK), tmp_path / "ldm", progress=False,
+                            unet={"model_channels": 8, "num_groups": 4, "head_dim": 8, "attention_levels": (1,)})
+    assert_close(load(tmp_path / "ldm").sample(n=2, steps=2), model.sample(n=2, steps=2))
+
+
+def raise_at(step, wanted):
+    """Stop a run as an interruption would."""
+    if step == wanted:
+        raise KeyboardInterrupt
+
+
+def test_diffusion_on_pixels_by_the_identity_stage(tmp_path):
+    data = Scenes(16, n=8, objects=(1, 1), fields=("image",))
+    stage = IdentityStage(AutoencoderConfig(3, 8, (1,), double_z=False, num_groups=4))
+    recipe = DiffusionRecipe("tiny", "none", guidance_scale=1.0, train=QUICK)
+    small = {"model_channels": 8, "num_groups": 4, "head_dim": 8, "attention_levels": (2,)}
+    model = train_diffusion(data, stage, recipe, tmp_path, progress=False, unet=small)
+    assert model.config.scale_factor == pytest.approx(1 / data.render(range(8))["image"].std(correction=0).item(), rel=0.01)
+    again = load(tmp_path)
+    assert isinstance(again.first_stage, IdentityStage) and again.sample(n=2, steps=2).shape == (2, 3, 16, 16)
+    assert_close(again.sample(n=2, steps=2), model.sample(n=2, steps=2))
+    with pytest.raises(ValueError, match="nothing to train"):
+        train_autoencoder(data, FirstStageRecipe(stage.config, QUICK), tmp_path / "stage", progress=False)
+
+
+def test_more_codes_than_latents_are_refused(tmp_path):
+    data = Scenes(16, n=4, objects=(1, 1), fields=("image",))
+    with pytest.raises(ValueError, match="codes: got 100"):
+        train_autoencoder(data, FirstStageRecipe(VQ.replace(codes=100), QUICK), tmp_path, progress=False)
