@@ -1,9 +1,14 @@
 """The diffusion step of the recipes against oracles, the scale factor, and which weights a training call returns."""
 import copy
 import json
+import os
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
+import training_toy as toy
 from torch.testing import assert_close
 
 from ldm_edu.autoencoder import AutoencoderConfig, AutoencoderKL
@@ -212,3 +217,16 @@ def test_more_codes_than_latents_are_refused(tmp_path):
     data = Scenes(16, n=4, objects=(1, 1), fields=("image",))
     with pytest.raises(ValueError, match="codes: got 100"):
         train_autoencoder(data, FirstStageRecipe(VQ.replace(codes=100), QUICK), tmp_path, progress=False)
+
+
+def test_two_processes_train_the_codebook_of_one(tmp_path):
+    """Sums, counts and revived codes are the global batch's: the loss curve is that of one process."""
+    options = {"double_z": False, "codes": 16, "codebook_decay": 0.9, "steps": 26}
+    one = toy.train_stage(tmp_path / "one", **options)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", toy.__file__, str(tmp_path / "two"),
+               json.dumps(options), "stage"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").open()]
+    np.testing.assert_allclose([row["loss"] for row in two], one, rtol=0, atol=1e-5)
+    assert max(row["usage"] for row in two) <= 1

@@ -121,6 +121,19 @@ def train_child(folder: str, options: dict) -> None:
     train(CircleTask(pause=0.004), Circle(), CONFIG.replace(**options), folder, progress=False)
 
 
+def train_stage(folder: str | Path, steps: int = 30, **changes) -> list[float]:
+    """Train a tiny first stage on scenes, by the ordinary call, and return the logged losses."""
+    from ldm_edu.autoencoder import AutoencoderConfig
+    from ldm_edu.data import Scenes
+    from ldm_edu.recipes import FirstStageRecipe, train_autoencoder
+
+    torch.set_num_threads(1)
+    model = AutoencoderConfig(4, 8, (1, 2, 2), 1, mid_attention=False, num_groups=4, pixel_loss="l2").replace(**changes)
+    config = CONFIG.replace(steps=steps, batch_size=8, lr=2e-3, log_every=1, validate_every=0)
+    train_autoencoder(Scenes(16, n=32, objects=(1, 1), fields=("image",)), FirstStageRecipe(model, config), folder, progress=False)
+    return [json.loads(line)["loss"] for line in (Path(folder) / "log.jsonl").open()]
+
+
 def main(folder: str, options: dict) -> None:
     """As one of several processes: be stopped by a signal that only the last one gets, then go on to the end."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -144,4 +157,8 @@ def main(folder: str, options: dict) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]))
+    if "stage" in sys.argv[3:]:
+        train_stage(sys.argv[1], **json.loads(sys.argv[2]))
+        torch.distributed.destroy_process_group()
+    else:
+        main(sys.argv[1], json.loads(sys.argv[2]))
