@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'DataOptions', 'with_relations', 'TrainAutoencoder', 'Train', 'Sample', 'Evaluate', 'Pack', 'open_model',
-           'TrainFeatures', 'reconstruction', 'draw_like', 'graded', 'main']
+           'TrainFeatures', 'reconstruction', 'draw_like', 'graded', 'TrainPerceptual', 'main']
 
 # %% ../nbs/93_cli.ipynb #efe48b3b
 """The `ldm-edu` command: dataclasses turned into options by tyro, each running one or two calls of the library."""
@@ -29,8 +29,10 @@ from .features import FeatureTraining, load_features, measure_features, save_fea
 from .folders import ImageFolder, Part, from_torchvision, train_validation_split
 from .grader import grade
 from .ldm import find_model, load, load_first_stage, pretrained_names, save
+from .losses import AdversarialConfig
 from .metrics import bootstrap, lpips, psnr, ssim
-from .recipes import (DIFFUSIONS, FIRST_STAGES, code_version, describe_data, machine, train_autoencoder, train_diffusion,
+from .perceptual import PERCEPTUAL_CONFIG, PerceptualTraining, load_perceptual, measure_perceptual, save_perceptual, train_perceptual
+from .recipes import (DIFFUSIONS, FIRST_STAGES, PIXELS_ONLY, code_version, describe_data, machine, train_autoencoder, train_diffusion,
                              write_picture)
 from .runs import TrainingInterrupted
 from .training import TrainConfig
@@ -88,11 +90,12 @@ class TrainAutoencoder:
     out: Path = Path("runs/first-stage")  # folder of checkpoints, log and finished model
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    loss: AdversarialConfig = field(default_factory=lambda: PIXELS_ONLY)
 
     def run(self) -> int:
         """Train, then say where the model is and how well it reconstructs."""
         data, validation = self.data.open(self.out)
-        recipe = FIRST_STAGES[self.recipe].replace(model=self.model, train=self.train)
+        recipe = FIRST_STAGES[self.recipe].replace(model=self.model, train=self.train, loss=self.loss)
         model = train_autoencoder(data, recipe, self.out, validation=validation)
         if torch.distributed.is_initialized() and torch.distributed.get_rank():
             return 0
@@ -318,8 +321,36 @@ def graded(model, n: int, steps: int, seed: int) -> dict:
     return results
 
 # %% ../nbs/93_cli.ipynb #8b3e1bc1
+@dataclass(frozen=True)
+class TrainPerceptual:
+    """Train the small network behind the perceptual distance, on fresh scenes and a folder of real pictures in classes."""
+
+    data: Path | None = None  # a folder with one folder per class; none: scenes alone
+    train: Annotated[PerceptualTraining, tyro.conf.arg(name="")] = field(default_factory=PerceptualTraining)
+    out: Path = Path("runs/perceptual")  # folder of the finished network
+    overwrite: bool = False  # replace a network that is there
+
+    def run(self) -> int:
+        """Train, measure on pictures that it never saw, write."""
+        if (self.out / "config.json").exists() and not self.overwrite:
+            raise ValueError(f"{self.out} holds a model already: choose another --out, or pass --overwrite")
+        size = PERCEPTUAL_CONFIG.size
+        unseen, seen = [Scenes(size, n=128, split="validation", fields=("image",)).render(range(128))["image"]], None
+        if self.data is not None:
+            seen, rest = train_validation_split(ImageFolder(self.data, size=size), fraction=0.05)
+            unseen.append(torch.stack([rest[i]["image"] for i in range(min(128, len(rest)))]))
+        facts = {"model": "perceptual network", "commit": code_version(), "hardware": machine(), "torch": torch.__version__}
+        show = lambda step, loss: (step + 1) % 100 == 0 and print(f"step {step + 1} of {self.train.steps}: loss {loss:.3f}", flush=True)
+        distance, card = train_perceptual(seen, training=self.train, callback=show)
+        save_perceptual(distance, self.out, card, self.overwrite)
+        measured = measure_perceptual(load_perceptual(self.out), torch.cat(unseen))  # as it is given away, in half precision
+        write_json(self.out / "card.json", {**facts, **card, "measured": measured})
+        print(f"{self.out}: {measured}")
+        return 0
+
+
 COMMANDS = {"demo": Demo, "train-autoencoder": TrainAutoencoder, "train": Train, "sample": Sample, "evaluate": Evaluate, "pack": Pack,
-            "train-features": TrainFeatures}
+            "train-features": TrainFeatures, "train-perceptual": TrainPerceptual}
 
 
 def _defaults(args: list[str]) -> dict:
@@ -329,7 +360,7 @@ def _defaults(args: list[str]) -> dict:
     command = args[0] if args else ""
     stage = check_choice("--recipe", name, FIRST_STAGES) if name and command == "train-autoencoder" else "kl-f4-tiny"
     recipe = FIRST_STAGES[stage]
-    defaults["train-autoencoder"] = TrainAutoencoder(recipe=stage, train=recipe.train, model=recipe.model)
+    defaults["train-autoencoder"] = TrainAutoencoder(recipe=stage, train=recipe.train, model=recipe.model, loss=recipe.loss)
     second = check_choice("--recipe", name, DIFFUSIONS) if name and command == "train" else "text-tiny"
     recipe = DIFFUSIONS[second]
     names = ("train", "condition_dropout", "prediction", "step_bias", "reading_steps")

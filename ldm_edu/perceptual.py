@@ -207,9 +207,10 @@ def _check_pictures(pictures, size: int) -> int:
     """How many classes a data set of real pictures has; 0 for None. Raises ValueError where it lacks them or has another size."""
     if pictures is None:
         return 0
-    if getattr(pictures, "labels", None) is None or tuple(pictures.size) != (size, size):
-        raise ValueError(f"pictures: got size {tuple(pictures.size)} and labels {getattr(pictures, 'labels', None) is not None}, "
-                         f"expected an ImageFolder with classes of {size} x {size} pixels")
+    found, labels = tuple(pictures[0]["image"].shape[1:]), getattr(pictures, "labels", None) is not None
+    if not labels or found != (size, size):
+        raise ValueError(f"pictures: got size {found} and {'some' if labels else 'no'} classes, expected an ImageFolder with classes "
+                         f"and pictures of {size} x {size} pixels")
     return len(pictures.class_names)
 
 # %% ../nbs/97_perceptual.ipynb #f241296c

@@ -219,14 +219,63 @@ def test_more_codes_than_latents_are_refused(tmp_path):
         train_autoencoder(data, FirstStageRecipe(VQ.replace(codes=100), QUICK), tmp_path, progress=False)
 
 
-def test_two_processes_train_the_codebook_of_one(tmp_path):
-    """Sums, counts and revived codes are the global batch's: the loss curve is that of one process."""
-    options = {"double_z": False, "codes": 16, "codebook_decay": 0.9, "steps": 26}
-    one = toy.train_stage(tmp_path / "one", **options)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", toy.__file__, str(tmp_path / "two"),
+def two_processes(folder, options):
+    """The log of `toy.train_stage` under two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", toy.__file__, str(folder),
                json.dumps(options), "stage"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
-    two = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").open()]
-    np.testing.assert_allclose([row["loss"] for row in two], one, rtol=0, atol=1e-5)
-    assert max(row["usage"] for row in two) <= 1
+    return [json.loads(line) for line in (folder / "log.jsonl").open()]
+
+
+def column(log, name):
+    """The values of one name in a log, in order."""
+    return [row[name] for row in log if name in row]
+
+
+def test_two_processes_train_the_codebook_of_one(tmp_path):
+    """Sums, counts and revived codes are the global batch's: the loss curve is that of one process."""
+    options = {"double_z": False, "codes": 16, "codebook_decay": 0.9, "steps": 26}
+    one, two = toy.train_stage(tmp_path / "one", **options), two_processes(tmp_path / "two", options)
+    np.testing.assert_allclose(column(two, "loss"), column(one, "loss"), rtol=0, atol=1e-5)
+    assert 0 < max(column(two, "usage")) <= 1
+
+
+# ---------------------------------------------------------------- beyond pixels
+
+GAN = {"perceptual_weight": 0.1, "disc_weight": 0.5, "disc_start": 3, "disc_warmup": 2, "disc_channels": 8, "disc_layers": 1}
+
+
+def test_a_stage_against_a_critic_trains_logs_resumes_and_is_alone_in_the_end(tmp_path):
+    whole = toy.train_stage(tmp_path / "whole", 12, GAN)
+    parts = toy.train_stage(tmp_path / "parts", 12, GAN, resume_at=8)
+    for a, b in zip(whole, parts, strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+    rows = {row["step"]: row for row in whole if "loss" in row}
+    assert "logits_real" not in rows[3] and {"logits_real", "logits_fake", "loss_discriminator"} <= set(rows[4])
+    assert "gan_weight" not in rows[5] and {"gan_weight", "grad_rec", "grad_gan", "perceptual", "kl"} <= set(rows[6])
+    assert len(column(whole, "validation")) == 2
+    states = [load_first_stage(tmp_path / name).state_dict() for name in ("whole", "parts")]
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    for name in ("losses", "logits", "weights", "gradients"):
+        assert (tmp_path / "whole" / f"log-{name}.png").stat().st_size > 3000
+
+
+def test_a_critic_works_on_one_picture_a_step(tmp_path):
+    log = toy.train_stage(tmp_path, 8, GAN, batch_size=1)
+    assert all(np.isfinite(column(log, name)).all() for name in ("loss", "loss_discriminator", "gan_weight"))
+
+
+def test_without_weights_nothing_but_pixels_is_trained(tmp_path):
+    nothing = {"perceptual_weight": 0.0, "disc_weight": 0.0}
+    plain, off = toy.train_stage(tmp_path / "plain", 6), toy.train_stage(tmp_path / "off", 6, nothing)
+    assert column(plain, "loss") == column(off, "loss") and not column(off, "loss_discriminator")
+    critic_off = toy.train_stage(tmp_path / "perceptual", 6, {**GAN, "disc_weight": 0.0, "disc_start": 0})
+    assert column(critic_off, "perceptual") and not column(critic_off, "loss_discriminator")
+
+
+def test_two_processes_play_the_game_of_one(tmp_path):
+    options = {"steps": 14, "loss": GAN}
+    one, two = toy.train_stage(tmp_path / "one", **options), two_processes(tmp_path / "two", options)
+    for name in ("loss", "loss_discriminator", "gan_weight"):
+        np.testing.assert_allclose(column(two, name), column(one, name), rtol=1e-4, atol=1e-5)

@@ -121,17 +121,36 @@ def train_child(folder: str, options: dict) -> None:
     train(CircleTask(pause=0.004), Circle(), CONFIG.replace(**options), folder, progress=False)
 
 
-def train_stage(folder: str | Path, steps: int = 30, **changes) -> list[float]:
-    """Train a tiny first stage on scenes, by the ordinary call, and return the logged losses."""
+def train_stage(folder: str | Path, steps: int = 30, loss: dict | None = None, batch_size: int = 8, resume_at: int | None = None,
+                **changes) -> list[dict]:
+    """Train a tiny first stage on scenes, by the ordinary call, and return its log; `resume_at`: stop there and go on."""
     from ldm_edu.autoencoder import AutoencoderConfig
     from ldm_edu.data import Scenes
+    from ldm_edu.features import load_features
+    from ldm_edu.losses import PerceptualDistance
     from ldm_edu.recipes import FirstStageRecipe, train_autoencoder
 
     torch.set_num_threads(1)
     model = AutoencoderConfig(4, 8, (1, 2, 2), 1, mid_attention=False, num_groups=4, pixel_loss="l2").replace(**changes)
-    config = CONFIG.replace(steps=steps, batch_size=8, lr=2e-3, log_every=1, validate_every=0)
-    train_autoencoder(Scenes(16, n=32, objects=(1, 1), fields=("image",)), FirstStageRecipe(model, config), folder, progress=False)
-    return [json.loads(line)["loss"] for line in (Path(folder) / "log.jsonl").open()]
+    config = CONFIG.replace(steps=steps, batch_size=batch_size, lr=2e-3, log_every=1, validate_every=10, save_every=5)
+    data = Scenes(16, n=32, objects=(1, 1), fields=("image",))
+    ruler = PerceptualDistance(load_features().pyramid) if loss else None
+
+    def go(*callbacks):
+        train_autoencoder(data, FirstStageRecipe(model, config), folder, validation=data, progress=False, loss=loss, perceptual=ruler,
+                          callbacks=callbacks)
+
+    def stop(report):
+        if report.step == resume_at:
+            raise KeyboardInterrupt
+
+    if resume_at:
+        try:
+            go(stop)
+        except KeyboardInterrupt:
+            pass
+    go()
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").open()]
 
 
 def main(folder: str, options: dict) -> None:
