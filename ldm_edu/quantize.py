@@ -225,14 +225,18 @@ class VectorQuantizer(nn.Module):
     def revive(self, points: Tensor, dead: Tensor, generator: torch.Generator | None = None) -> None:
         """Move the codes `dead` (indices) onto random ones of the points (n, width), without repeats where they suffice.
 
-        With several processes they take turns: each gives its share of the points. Raises ValueError without points.
+        With several processes the points are those of all, in order: each gives the ones it has. Raises ValueError without points.
         """
-        n, (turn, processes) = len(points), self.process
-        if not n or self.reduce(torch.ones(())) != processes:
+        turn, processes = self.process
+        sizes = self.reduce(F.one_hot(torch.tensor(turn), processes).to(points.device) * len(points))
+        before, n = sizes[:turn].sum().item(), sizes.sum().item()
+        if not n or (self.reduce(torch.ones((), device=points.device)) != processes):
             raise ValueError(f"got {n} points and process {self.process}, expected points, and as many processes as `reduce` sums")
-        rows = torch.cat([torch.randperm(n, generator=generator) for _ in range(-(-len(dead) // n))])[: len(dead)]
-        mine = (torch.arange(len(dead)) % processes == turn).to(points)
-        self.set_codes(dead, self.reduce(points[rows.to(points.device)] * mine[:, None]))
+        rows = torch.cat([torch.randperm(n, generator=generator) for _ in range(-(-len(dead) // n))])[: len(dead)] - before
+        mine = (rows >= 0) & (rows < len(points))
+        values = points.new_zeros(len(dead), self.width)
+        values[mine.to(points.device)] = points[rows[mine].to(points.device)]
+        self.set_codes(dead, self.reduce(values))
 
     @torch.no_grad()
     def set_codes(self, rows: Tensor, values: Tensor) -> None:
