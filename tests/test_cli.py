@@ -19,6 +19,7 @@ from ldm_edu import cli, recipes
 from ldm_edu.captions import parse_caption
 from ldm_edu.data import Scenes
 from ldm_edu.ldm import load, load_first_stage
+from ldm_edu.perceptual import load_perceptual
 from ldm_edu.schedule import ScheduleConfig
 from ldm_edu.unet import UNETS
 
@@ -252,3 +253,24 @@ def test_train_goes_on_from_a_model(runs, tmp_path):
     assert cli.main(args) == 0
     card = load(tmp_path / "more").card
     assert card["started_from"]["steps"] == 3 and card["reading_steps"] == 1 and "of Scenes, 160 items" in card["data"]
+
+
+def test_the_small_networks_are_trained_by_the_command_line(tmp_path, capsys):
+    short = ["--steps", "2", "--batch-size", "4"]
+    assert cli.main(["train-features", *short, "--out", str(tmp_path / "features")]) == 0
+    assert json.loads((tmp_path / "features" / "card.json").read_text())["measured"]["scenes"] == 2048
+    pictures = Scenes(32, n=40, fields=("image",)).render(range(40))["image"]
+    for i, picture in enumerate(pictures):
+        folder = tmp_path / "photos" / ("cat" if i % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(((picture.permute(1, 2, 0) + 1) * 127.5).byte().numpy()).save(folder / f"{i}.png")
+    request = ["train-perceptual", *short, "--data", str(tmp_path / "photos"), "--rank-pictures", "4", "--rank-steps", "2", "--out", str(tmp_path / "eye")]
+    assert cli.main(request) == 0
+    card = json.loads((tmp_path / "eye" / "card.json").read_text())
+    assert set(card["measured"]) == {"perceptual", "unit weights", "l2"} and card["pictures"] and card["commit"]
+    distance = load_perceptual(tmp_path / "eye")
+    assert (distance(pictures[:2], pictures[2:4]) > 0).all() and distance(pictures[:2], pictures[:2]).abs().max() < 1e-6
+    assert cli.main(request) == 2 and "holds a model already" in capsys.readouterr().err
+    assert cli.main(["train-autoencoder", "--items", "16", "--steps", "2", "--out", str(tmp_path / "stage"), "--loss.disc-weight", "0.5",
+                     "--loss.disc-layers", "1", "--loss.disc-channels", "8", *TINY]) == 0
+    assert load_first_stage(tmp_path / "stage").card["steps"] == 2
