@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIRST_STAGES', 'nearest_code', 'code_histogram', 'code_entropy', 'perplexity', 'codes_in_use', 'fixed_rate',
-           'coded_rate', 'Quantized', 'straight_through', 'spread_centres', 'kmeans', 'VectorQuantizer',
-           'AutoencoderVQ', 'IdentityStage', 'make_first_stage']
+           'coded_rate', 'Quantized', 'straight_through', 'spread_centres', 'kmeans', 'Codebook', 'AveragedCodebook',
+           'LivingCodebook', 'VectorQuantizer', 'PointStage', 'AutoencoderVQ', 'IdentityStage', 'make_first_stage']
 
 # %% ../nbs/11_vq.ipynb #0bdc1c8b
 """Vector quantisation: latents as words of a codebook, the VQ first stage, and the stage that leaves pixels alone [LDM sec. 3.1].
@@ -126,31 +126,16 @@ def kmeans(points: Tensor, k: int, generator: torch.Generator | None = None, ste
         centres = torch.where(counts > 0, torch.zeros_like(centres).index_add(0, index, points) / counts.clamp(min=1), centres)
     return centres
 
-# %% ../nbs/11_vq.ipynb #819fd44b
-class VectorQuantizer(nn.Module):
-    """Replace each latent vector by its nearest code; gradients skip the step [VQ-VAE eqs. 1-3].
+# %% ../nbs/11_vq.ipynb #df78ebf3
+class Codebook(nn.Module):
+    """`codes` vectors of `width` numbers, `embedding.weight`; starts uniform in +-1/codes, as the original does."""
 
-    codes, width: size of the codebook, `embedding.weight`. commitment: weight of the pull of latents to their codes.
-    decay: 0 lets codes learn by gradient; above 0 they follow a moving average of their latents [VQ-VAE app. A.1].
-    Codes learn by average, and unused ones move (`keep_alive`), in training mode while gradients are recorded.
-    With several processes set `reduce`, which sums a tensor over them, and `process`, (index, number of processes).
-    """
-
-    reduce: Callable[[Tensor], Tensor] = staticmethod(lambda tensor: tensor)
-    process: tuple[int, int] = (0, 1)
-
-    def __init__(self, codes: int, width: int, commitment: float = 0.25, decay: float = 0.0):
+    def __init__(self, codes: int, width: int):
         super().__init__()
-        if min(codes, width) < 1 or commitment < 0 or not 0 <= decay < 1:
-            raise ValueError(f"got codes {codes}, width {width}, commitment {commitment}, decay {decay}, "
-                             f"expected sizes of at least 1, commitment >= 0, decay in [0, 1)")
-        self.codes, self.width, self.commitment, self.decay, self.patience, self.seed = codes, width, commitment, decay, 0, 0
-        self.embedding = nn.Embedding(codes, width)
+        if min(codes, width) < 1:
+            raise ValueError(f"got codes {codes} and width {width}, expected sizes of at least 1")
+        self.codes, self.width, self.embedding = codes, width, nn.Embedding(codes, width)
         nn.init.uniform_(self.embedding.weight, -1 / codes, 1 / codes)
-        if decay:
-            self.embedding.requires_grad_(False)
-            self.register_buffer("average_count", torch.ones(codes))
-            self.register_buffer("average_sum", self.embedding.weight.detach().clone())
 
     def indices(self, z: Tensor) -> Tensor:
         """Index of the nearest code of each cell, (b, h, w), of latents (b, width, h, w)."""
@@ -165,44 +150,63 @@ class VectorQuantizer(nn.Module):
             raise ValueError(f"indices: got {indices.min()} to {indices.max()}, expected 0 to {self.codes - 1}")
         return rearrange(self.embedding(indices), "b h w z -> b z h w")
 
-    def forward(self, z: Tensor) -> Quantized:
-        """Quantise latents (b, width, h, w); a vector that is not finite comes out as NaN and teaches nothing."""
-        indices = self.indices(z)
-        codes = self.lookup(indices)
-        codebook, commitment = _mean_square(z.detach(), codes), _mean_square(z, codes.detach())
-        loss = self.commitment * commitment if self.decay else codebook + self.commitment * commitment
-        if self.training and torch.is_grad_enabled():
-            self.learn(rearrange(z.detach(), "b z h w -> (b h w) z"), indices.flatten())
-        return Quantized(straight_through(z, codes), indices, codebook, commitment, loss, code_histogram(indices, self.codes))
+    @torch.no_grad()
+    def set_codes(self, rows: Tensor, values: Tensor) -> None:
+        """Put codes (n, width) at `rows` (n,) of the codebook."""
+        self.embedding.weight[rows] = values.to(self.embedding.weight)
+
+    def initialise(self, latents: Tensor, generator: torch.Generator | None = None) -> None:
+        """Start the codebook from the k-means centres of latents (b, width, h, w)."""
+        points = rearrange(check_shape("latents", latents, "b z h w", z=self.width).detach(), "b z h w -> (b h w) z")
+        self.set_codes(torch.arange(self.codes), kmeans(points, self.codes, generator))
+
+# %% ../nbs/11_vq.ipynb #1ecb4ae4
+class AveragedCodebook(Codebook):
+    """A codebook whose codes may follow the mean of their latents: `decay` of a past average, 0 for none [VQ-VAE app. A.1].
+
+    With several processes set `reduce`, which sums a tensor over them.
+    """
+
+    reduce: Callable[[Tensor], Tensor] = staticmethod(lambda tensor: tensor)
+
+    def __init__(self, codes: int, width: int, decay: float = 0.0):
+        super().__init__(codes, width)
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay: got {decay}, expected a number in [0, 1)")
+        self.decay = decay
+        if decay:
+            self.embedding.requires_grad_(False)
+            self.register_buffer("average_count", torch.ones(codes))
+            self.register_buffer("average_sum", self.embedding.weight.detach().clone())
+
+    def set_codes(self, rows: Tensor, values: Tensor) -> None:
+        """Put codes (n, width) at `rows` (n,), and start their averages from them."""
+        super().set_codes(rows, values)
+        if self.decay:
+            self.average_count[rows], self.average_sum[rows] = 1.0, values.to(self.average_sum)
 
     @torch.no_grad()
-    def learn(self, points: Tensor, indices: Tensor) -> None:
-        """Move the averages towards points (n, width) of codes (n,), and count what is unused; nothing without these options."""
-        if not (self.decay or self.patience):
-            return
-        finite = points.isfinite().all(1)
-        points, indices = points[finite].to(self.embedding.weight.dtype), indices[finite]
-        counts = self.reduce(code_histogram(indices, self.codes))
-        if not counts.sum():
-            return
-        if self.decay:
-            self._follow(counts, self.reduce(torch.zeros_like(self.average_sum).index_add(0, indices, points)))
-        if self.patience:
-            self._revive_unused(counts, points)
-
-    def _follow(self, counts: Tensor, sums: Tensor, smoothing: float = 1e-5) -> None:
-        """Codes become the ratio of the two averages, with Laplace smoothing of the counts."""
+    def follow(self, counts: Tensor, sums: Tensor, smoothing: float = 1e-5) -> None:
+        """Average a batch's counts (codes,) and sums (codes, width); codes become their ratio, counts Laplace-smoothed."""
         self.average_count.lerp_(counts.to(self.average_count), 1 - self.decay)
         self.average_sum.lerp_(sums, 1 - self.decay)
         total = self.average_count.sum()
         smoothed = (self.average_count + smoothing) / (total + self.codes * smoothing) * total
         self.embedding.weight.copy_(self.average_sum / smoothed[:, None])
 
+# %% ../nbs/11_vq.ipynb #42cd5692
+class LivingCodebook(AveragedCodebook):
+    """A codebook that may move unused codes. With several processes set `process`, (index, number of processes), too."""
+
+    process: tuple[int, int] = (0, 1)
+    patience: int = 0
+    seed: int = 0
+
     def keep_alive(self, patience: int, seed: int = 0) -> None:
         """From now on move codes that `patience` batches in a row left unused onto random latents of the batch.
 
         The counters are buffers, `unused` and `batches`: they are saved, so that a resumed run moves the same codes to the
-        same places. 0 ends it and drops them. A quantiser without counters ignores those of a state dict.
+        same places. 0 ends it and drops them. A codebook without counters ignores those of a state dict.
         """
         if patience < 0:
             raise ValueError(f"patience: got {patience}, expected at least 0")
@@ -212,15 +216,6 @@ class VectorQuantizer(nn.Module):
             if patience:
                 self.register_buffer(name, torch.zeros(shape, dtype=torch.int64, device=device))
 
-    def _revive_unused(self, counts: Tensor, points: Tensor) -> None:
-        self.batches += 1
-        self.unused.copy_(torch.where(counts > 0, 0, self.unused + 1))
-        dead = (self.unused >= self.patience).nonzero().flatten()
-        if len(dead):
-            seed = derive_seed(self.seed, int(self.batches), "revive")
-            self.revive(points, dead, torch.Generator().manual_seed(seed))
-            self.unused[dead] = 0
-
     @torch.no_grad()
     def revive(self, points: Tensor, dead: Tensor, generator: torch.Generator | None = None) -> None:
         """Move the codes `dead` (indices) onto random ones of the points (n, width), without repeats where they suffice.
@@ -228,58 +223,69 @@ class VectorQuantizer(nn.Module):
         With several processes they take turns: each gives its share of the points. Raises ValueError without points.
         """
         n, (turn, processes) = len(points), self.process
-        if not n or self.reduce(torch.ones(())) != processes:
+        if not n or self.reduce(torch.ones((), device=points.device)) != processes:
             raise ValueError(f"got {n} points and process {self.process}, expected points, and as many processes as `reduce` sums")
         rows = torch.cat([torch.randperm(n, generator=generator) for _ in range(-(-len(dead) // n))])[: len(dead)]
         mine = (torch.arange(len(dead)) % processes == turn).to(points)
         self.set_codes(dead, self.reduce(points[rows.to(points.device)] * mine[:, None]))
-
-    @torch.no_grad()
-    def set_codes(self, rows: Tensor, values: Tensor) -> None:
-        """Put codes (n, width) at `rows` (n,) of the codebook, and start their averages from them."""
-        self.embedding.weight[rows] = values.to(self.embedding.weight)
-        if self.decay:
-            self.average_count[rows], self.average_sum[rows] = 1.0, values.to(self.average_sum)
-
-    def initialise(self, latents: Tensor, generator: torch.Generator | None = None) -> None:
-        """Start the codebook from the k-means centres of latents (b, width, h, w)."""
-        points = rearrange(check_shape("latents", latents, "b z h w", z=self.width).detach(), "b z h w -> (b h w) z")
-        self.set_codes(torch.arange(self.codes), kmeans(points, self.codes, generator))
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         if not self.patience:
             state_dict.pop(prefix + "unused", None), state_dict.pop(prefix + "batches", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-# %% ../nbs/11_vq.ipynb #1fc52ba7
-def _check_pixels(x: Tensor, config: AutoencoderConfig) -> Tensor:
-    """Images (b, in_channels, h, w), in [-1, 1] where they have 3 channels, with sides that are multiples of f."""
-    if config.in_channels == 3:
-        check_images(x, "x")
-    height, width = check_shape("x", x, "b c h w", c=config.in_channels).shape[2:]
-    factor = config.downsample_factor
-    if min(height, width) < factor or height % factor or width % factor:
-        raise ValueError(f"x: got {height} x {width} pixels, expected sides that are multiples of {factor}")
-    return x
+# %% ../nbs/11_vq.ipynb #819fd44b
+class VectorQuantizer(LivingCodebook):
+    """Replace each latent vector by its nearest code; gradients skip the step [VQ-VAE eqs. 1-3].
 
-
-class AutoencoderVQ(nn.Module):
-    """The paper's VQ first stage; the quantiser belongs to the decoder: `decode(encode(x).mode())` is nearly x [LDM sec. 3.1].
-
-    Parameter names are those of the released first stages. Diffusion sees latents before quantisation.
-    Raises ValueError for a config without codes.
+    codes, width: size of the codebook. commitment: weight of the pull of latents to their codes. decay: 0 lets codes learn
+    by gradient, above 0 they follow averages. These, and the moving of unused codes (`keep_alive`), happen in training
+    mode while gradients are recorded.
     """
+
+    def __init__(self, codes: int, width: int, commitment: float = 0.25, decay: float = 0.0):
+        super().__init__(codes, width, decay)
+        if not commitment >= 0:
+            raise ValueError(f"commitment: got {commitment}, expected at least 0")
+        self.commitment = commitment
+
+    def forward(self, z: Tensor) -> Quantized:
+        """Quantise latents (b, width, h, w); a vector that is not finite comes out as NaN and teaches nothing."""
+        indices = self.indices(z)
+        codes = self.lookup(indices)
+        codebook, commitment = _mean_square(z.detach(), codes), _mean_square(z, codes.detach())
+        loss = self.commitment * commitment if self.decay else codebook + self.commitment * commitment
+        if self.training and torch.is_grad_enabled() and (self.decay or self.patience):
+            self.learn(rearrange(z.detach(), "b z h w -> (b h w) z"), indices.flatten())
+        return Quantized(straight_through(z, codes), indices, codebook, commitment, loss, code_histogram(indices, self.codes))
+
+    @torch.no_grad()
+    def learn(self, points: Tensor, indices: Tensor) -> None:
+        """Follow the finite ones of points (n, width) with codes (n,), and move what `patience` batches left unused."""
+        finite = points.isfinite().all(1)
+        points, indices = points[finite].to(self.embedding.weight.dtype), indices[finite]
+        counts = self.reduce(code_histogram(indices, self.codes))
+        if self.decay and counts.sum():
+            self.follow(counts, self.reduce(torch.zeros_like(self.average_sum).index_add(0, indices, points)))
+        if self.patience and counts.sum():
+            self.batches += 1
+            self.unused.copy_(torch.where(counts > 0, 0, self.unused + 1))
+            dead = (self.unused >= self.patience).nonzero().flatten()
+            if len(dead):
+                self.revive(points, dead, torch.Generator().manual_seed(derive_seed(self.seed, int(self.batches), "revive")))
+                self.unused[dead] = 0
+
+# %% ../nbs/11_vq.ipynb #cd36ecd5
+class PointStage(nn.Module):
+    """What the two first stages without noise share: a kind of config, checks, and latents that are points."""
+
+    kind = ""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        if config.kind != "vq":
-            raise ValueError(f"config: got a first stage of kind {config.kind!r}, expected 'vq': double_z False and some codes")
-        self.config, z = config, config.z_channels
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.quantize = VectorQuantizer(config.codes, z, config.commitment, config.codebook_decay)
-        self.quant_conv, self.post_quant_conv = nn.Conv2d(z, z, 1), nn.Conv2d(z, z, 1)
-        for conv in (self.quant_conv, self.post_quant_conv):
-            nn.init.dirac_(conv.weight), nn.init.zeros_(conv.bias)
+        if config.kind != self.kind:
+            raise ValueError(f"config: got a first stage of kind {config.kind!r}, expected {self.kind!r}")
+        self.config = config
 
     @property
     def downsample_factor(self) -> int:
@@ -287,13 +293,40 @@ class AutoencoderVQ(nn.Module):
         return self.config.downsample_factor
 
     def encode(self, x: Tensor) -> PointLatent:
-        """Latents before quantisation of images (b, 3, h, w) in [-1, 1]; raises ValueError unless h and w are multiples of f."""
-        return PointLatent(self.quant_conv(self.encoder(_check_pixels(x, self.config))))
+        """Latents of images (b, 3, h, w) in [-1, 1]; raises ValueError unless h and w are multiples of f."""
+        factor, channels = self.downsample_factor, self.config.in_channels
+        if channels == 3:
+            check_images(x, "x")
+        height, width = check_shape("x", x, "b c h w", c=channels).shape[2:]
+        if min(height, width) < factor or height % factor or width % factor:
+            raise ValueError(f"x: got {height} x {width} pixels, expected sides that are multiples of {factor}")
+        return PointLatent(self.latents(x))
+
+# %% ../nbs/11_vq.ipynb #1fc52ba7
+class AutoencoderVQ(PointStage):
+    """The paper's VQ first stage; quantisation belongs to the decoder, and diffusion sees latents before it [LDM sec. 3.1].
+
+    Parameter names are those of the released first stages. Raises ValueError for a config without codes.
+    """
+
+    kind = "vq"
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__(config)
+        z = config.z_channels
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quantize = VectorQuantizer(config.codes, z, config.commitment, config.codebook_decay)
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(z, z, 1), nn.Conv2d(z, z, 1)
+        for conv in (self.quant_conv, self.post_quant_conv):
+            nn.init.dirac_(conv.weight), nn.init.zeros_(conv.bias)
+
+    def latents(self, x: Tensor) -> Tensor:
+        """Latents (b, z_channels, h/f, w/f) before quantisation."""
+        return self.quant_conv(self.encoder(x))
 
     def decode(self, z: Tensor) -> Tensor:
         """Quantise latents (b, z_channels, h, w) and decode: (b, 3, h f, w f), about [-1, 1] and not clipped."""
-        codes = self.quantize.lookup(self.quantize.indices(z))
-        return self.decode_unquantised(straight_through(z, codes))
+        return self.decode_unquantised(straight_through(z, self.quantize.lookup(self.quantize.indices(z))))
 
     def decode_unquantised(self, z: Tensor) -> Tensor:
         """Decode latents (b, z_channels, h, w) as they are: what the decoder makes of points between its codes."""
@@ -319,24 +352,18 @@ class AutoencoderVQ(nn.Module):
         return quantized.loss, logs
 
 # %% ../nbs/11_vq.ipynb #d63d3032
-class IdentityStage(nn.Module):
-    """The first stage of diffusion on pixels: f = 1, and latents are the images. Nothing to train; raises ValueError for other kinds."""
+class IdentityStage(PointStage):
+    """The first stage of diffusion on pixels: f = 1, latents are the images. Nothing to train; raises ValueError for other kinds."""
+
+    kind = "identity"
 
     def __init__(self, config: AutoencoderConfig):
-        super().__init__()
-        if config.kind != "identity":
-            raise ValueError(f"config: got a first stage of kind {config.kind!r}, expected 'identity': neither double_z nor codes")
-        self.config = config
+        super().__init__(config)
         self.anchor = nn.Parameter(torch.empty(0), requires_grad=False)  # no number: says on which device and in which dtype
 
-    @property
-    def downsample_factor(self) -> int:
-        """1."""
-        return self.config.downsample_factor
-
-    def encode(self, x: Tensor) -> PointLatent:
-        """Images (b, 3, h, w) in [-1, 1] as their own latents."""
-        return PointLatent(_check_pixels(x, self.config))
+    def latents(self, x: Tensor) -> Tensor:
+        """The images."""
+        return x
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents (b, 3, h, w) as images."""
@@ -351,7 +378,7 @@ class IdentityStage(nn.Module):
         """Zeros (b,), and nothing to log."""
         return latent.mean.new_zeros(len(latent.mean)), {}
 
-
+# %% ../nbs/11_vq.ipynb #862ae9bd
 FIRST_STAGES: dict[str, type[nn.Module]] = {"kl": AutoencoderKL, "vq": AutoencoderVQ, "identity": IdentityStage}
 
 
