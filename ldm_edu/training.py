@@ -325,7 +325,7 @@ class Run:
     saved: Path | None = None  # newest checkpoint
     skipped: int = 0  # steps in a row that the fp16 scaler refused
 
-# %% ../nbs/08_training.ipynb #0bbf0bef
+# %% ../nbs/08_training.ipynb #7d1f02c4
 @contextlib.contextmanager
 def only_part(run: Run, part: str):
     """While a part's gradient is computed, the other parts' parameters are constants."""
@@ -338,7 +338,7 @@ def only_part(run: Run, part: str):
         for p in others:
             p.requires_grad_(True)
 
-
+# %% ../nbs/08_training.ipynb #0bbf0bef
 def part_gradient(run: Run, part: str, batch, wants_stop: Callable[[], bool]) -> tuple[float, float, dict, bool]:
     """Gather one part's gradient from this process's rows: `(loss, norm, logs, stop)`, all but logs equal on all processes.
 
@@ -377,7 +377,7 @@ def apply_part(run: Run, part: str, loss: float, norm: float) -> None:
     run.optimizers[part].step()
     run.optimizers[part].zero_grad()
 
-
+# %% ../nbs/08_training.ipynb #7d1f02c7
 def train_step(run: Run, batch, wants_stop: Callable[[], bool] = lambda: False) -> tuple[float, float, dict, bool]:
     """One step: every active part's gradient and update, then the average. `(loss, norm, logs, stop)` as of the first part.
 

@@ -1,4 +1,5 @@
 """A small task for the trainer's tests; as a program under torchrun it trains it: `training_toy.py FOLDER OPTIONS`."""
+import contextlib
 import json
 import os
 import signal
@@ -145,10 +146,8 @@ def train_stage(folder: str | Path, steps: int = 30, loss: dict | None = None, b
             raise KeyboardInterrupt
 
     if resume_at:
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             go(stop)
-        except KeyboardInterrupt:
-            pass
     go()
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").open()]
 
