@@ -21,8 +21,8 @@ from ldm_edu.perceptual import load_perceptual
 from ldm_edu.recipes import FirstStageRecipe, code_version, machine, train_autoencoder, write_picture
 from ldm_edu.training import TrainConfig
 
-STAGE = AutoencoderConfig(4, 32, (1, 2, 4), 1, (), False, num_groups=8, pixel_loss="l1", kl_weight=1e-6)
-TRAIN = TrainConfig(batch_size=16, lr=1e-3, weight_decay=1e-4, warmup_steps=100, final_lr_fraction=0.1, ema_decay=0.995, log_every=20)
+STAGE = AutoencoderConfig(4, 16, (1, 2, 4), 1, (), False, num_groups=2, pixel_loss="l1", kl_weight=1e-6)
+TRAIN = TrainConfig(batch_size=16, lr=2e-3, weight_decay=1e-4, warmup_steps=150, final_lr_fraction=0.1, ema_decay=0.995, log_every=20)
 LOSSES = {
     "pixels": {"perceptual_weight": 0.0, "disc_weight": 0.0},
     "perceptual": {"perceptual_weight": 0.3, "disc_weight": 0.0},
