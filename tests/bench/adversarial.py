@@ -25,8 +25,8 @@ STAGE = AutoencoderConfig(4, 16, (1, 2, 4), 1, (), False, num_groups=2, pixel_lo
 TRAIN = TrainConfig(batch_size=16, lr=2e-3, weight_decay=1e-4, warmup_steps=150, final_lr_fraction=0.1, ema_decay=0.995, log_every=20)
 LOSSES = {
     "pixels": {"perceptual_weight": 0.0, "disc_weight": 0.0},
-    "perceptual": {"perceptual_weight": 0.3, "disc_weight": 0.0},
-    "adversarial": {"perceptual_weight": 0.3, "disc_weight": 0.5, "disc_channels": 32, "disc_layers": 2},
+    "perceptual": {"perceptual_weight": 0.1, "disc_weight": 0.0},
+    "adversarial": {"perceptual_weight": 0.1, "disc_weight": 0.5, "disc_channels": 32, "disc_layers": 2},
 }
 
 
