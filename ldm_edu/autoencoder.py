@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .core import Config, check_choice, check_images, check_shape, randn
 from .metrics import psnr
 
-# %% ../nbs/10_kl_first_stage.ipynb #1020e3ab
+# %% ../nbs/10_kl_first_stage.ipynb #1020e3aa
 PIXEL_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {  # of the difference of two numbers in [-1, 1]
     "l1": torch.abs,
     "l2": torch.square,
@@ -36,6 +36,16 @@ PIXEL_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {  # of the difference of 
 }
 
 
+def _check_bottleneck(c) -> None:
+    """Raise ValueError for a config `c` whose bottleneck is neither Gaussian, nor a codebook, nor nothing at all."""
+    if c.codes < 0 or (c.double_z and c.codes) or c.commitment < 0 or not 0 <= c.codebook_decay < 1:
+        raise ValueError(f"got codes {c.codes}, double_z {c.double_z}, commitment {c.commitment}, codebook_decay {c.codebook_decay}, "
+                         "expected codes only without double_z, commitment >= 0, decay in [0, 1)")
+    if c.kind == "identity" and (c.ch_mult != (1,) or c.z_channels != c.in_channels):
+        raise ValueError("got neither double_z nor codes, which leaves pixels as they are: expected ch_mult (1,) and as many "
+                         f"z_channels as in_channels, not {c.ch_mult}, {c.z_channels} and {c.in_channels}")
+
+# %% ../nbs/10_kl_first_stage.ipynb #1020e3ab
 @dataclass(frozen=True)
 class AutoencoderConfig(Config):
     """Size of a first stage; the defaults are the paper's kl-f4. Raises ValueError for what cannot be built."""
@@ -60,18 +70,12 @@ class AutoencoderConfig(Config):
         counts = (self.z_channels, self.model_channels, self.num_res_blocks, self.num_groups, self.in_channels)
         if min(*counts, len(self.ch_mult)) < 1 or self.kl_weight < 0:
             raise ValueError(f"got {self}, expected sizes of at least 1, some ch_mult and kl_weight >= 0")
-        uneven = [width for width in self.widths if width % self.num_groups]
-        if uneven:
+        if uneven := [width for width in self.widths if width % self.num_groups]:
             raise ValueError(f"num_groups: got {self.num_groups}, expected a divisor of every width, not of {uneven}")
         levels = [2**i for i in range(len(self.ch_mult))]
         if not set(self.attention_levels) <= set(levels):
             raise ValueError(f"attention_levels: got {self.attention_levels}, expected some of {levels}")
-        if self.codes < 0 or (self.double_z and self.codes) or self.commitment < 0 or not 0 <= self.codebook_decay < 1:
-            raise ValueError(f"got codes {self.codes}, double_z {self.double_z}, commitment {self.commitment}, codebook_decay "
-                             f"{self.codebook_decay}, expected codes only without double_z, commitment >= 0, decay in [0, 1)")
-        if self.kind == "identity" and (self.ch_mult != (1,) or self.z_channels != self.in_channels):
-            raise ValueError("got neither double_z nor codes, which leaves pixels as they are: expected ch_mult (1,) and as many "
-                             f"z_channels as in_channels, not {self.ch_mult}, {self.z_channels} and {self.in_channels}")
+        _check_bottleneck(self)
 
     @property
     def kind(self) -> str:

@@ -104,7 +104,6 @@ class TrainingTask:
     A game of two networks (a decoder and its critic) has two `parts`, updated one after another in every step, each by an
     optimiser of its own, from the loss that `part_loss` gives it; a part's loss moves no other part's parameters.
     """
-
     model: nn.Module
     parts: tuple[str, ...] = ("",)  # in the order of their updates; the loss of the first is the run's loss
     validation_batch = None  # set by the trainer from its validation data, already on the device
@@ -125,8 +124,7 @@ class TrainingTask:
         """Per-sample losses (b,) of a batch, and a dict of scalars or (b,) tensors to log. All chance comes from `rng`."""
         raise NotImplementedError(f"{type(self).__name__} must define loss(model, batch, rng)")
 
-    def part_loss(self, part: str, model: Callable, batch, rng: RowRandom) -> tuple[Tensor, dict]:
-        """What `loss` is, of one of several parts."""
+    def part_loss(self, part: str, model: Callable, batch, rng: RowRandom) -> tuple[Tensor, dict]:  # of one of several parts
         return self.loss(model, batch, rng)
 
     def active(self, part: str, step: int) -> bool:
