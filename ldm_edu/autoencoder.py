@@ -272,7 +272,7 @@ class DiagonalGaussian:
         square = (z - self.mean).to(self.logvar.dtype).square()
         return 0.5 * (math.log(2 * math.pi) + self.logvar + square * torch.exp(-self.logvar)).flatten(1).sum(1)
 
-
+# %% ../nbs/10_kl_first_stage.ipynb #820f819b
 class PointLatent:
     """A latent (b, z, h, w) without noise, under the contract of `DiagonalGaussian`: what VQ and identity stages encode to."""
 
