@@ -14,6 +14,7 @@ from ldm_edu.losses import (
     STAGE_PARTS,
     AdversarialConfig,
     AdversarialStage,
+    Judged,
     PatchDiscriminator,
     PerceptualDistance,
     adaptive_weight,
@@ -398,6 +399,16 @@ def test_discriminator_step_moves_the_discriminator_only(first, r1):
     loss, logs = discriminator_loss(stage, stage(x, generator(), "discriminator"))
     assert gradients(stage, loss) == (False, True) and ("r1" in logs) == bool(r1)
     assert all(torch.equal(v, before[k]) for k, v in stage.first_stage.state_dict().items()), "a codebook moved"
+
+
+def test_discriminator_learns_from_both_kinds():
+    real, fake = (torch.zeros(2, 1, 1, 1, requires_grad=True) for _ in range(2))
+    loss, _ = discriminator_loss(make_stage(), Judged(real, fake, None))
+    assert loss.requires_grad
+    gradient_real, gradient_fake = torch.autograd.grad(loss.sum(), (real, fake), allow_unused=True)
+    assert gradient_real is not None and gradient_fake is not None
+    assert_close(gradient_real, torch.full((2, 1, 1, 1), -0.5))
+    assert_close(gradient_fake, torch.full((2, 1, 1, 1), 0.5))
 
 
 def test_generator_step_reaches_the_first_stage_through_the_discriminator():
