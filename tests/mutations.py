@@ -69,8 +69,6 @@ BUGS = {
 }
 
 WAITING = (
-    Waiting(8, "losses", ("ldm_edu/losses.py",)),
-    Waiting(9, "losses", ("ldm_edu/losses.py",)),
     Waiting(22, "inpainting", ("nbs/19_inpainting.ipynb", "ldm_edu/inpainting.py")),
 )
 
@@ -147,6 +145,21 @@ MUTATIONS = (
     # 7 the end of the walk
     _m(7, "the last step ends at alphas_cumprod[0]", "samplers.Denoiser.acp",
        "1.0 if t == -1", "self.table[0] if t == -1", "test_samplers.py::test_clean_end"),
+    # 8 a discriminator that is cut off
+    _m(8, "the discriminator judges a detached picture in the first stage's part", "losses.AdversarialStage.forward",
+       "self.discriminator(reconstruction) if", "self.discriminator(reconstruction.detach()) if",
+       "test_losses.py::test_generator_step_reaches_the_first_stage_through_the_discriminator"),
+    _m(8, "the discriminator learns from detached logits, that is, nothing", "losses.discriminator_loss",
+       "real_fake_loss(judged.logits_real, judged.logits_fake,", "real_fake_loss(judged.logits_real.detach(), judged.logits_fake.detach(),",
+       "test_losses.py::test_discriminator_learns_from_both_kinds"),
+    _m(8, "the discriminator's loss teaches the first stage too", "losses.AdversarialStage.forward",
+       "with torch.no_grad():", "with torch.enable_grad():", "test_losses.py::test_discriminator_step_moves_the_discriminator_only"),
+    # 9 pictures scaled twice
+    _m(9, "VGG's shift and scale are applied twice", "perceptual.VGGPyramid.forward",
+       "(images - self.shift) / self.scale", "((images - self.shift) / self.scale - self.shift) / self.scale",
+       "test_perceptual.py::test_vgg_scales_each_colour_once", "test_perceptual.py::test_vgg_distance_is_that_of_torchmetrics"),
+    _m(9, "pictures in [-1, 1] are taken for [0, 1] and stretched before they are scaled", "perceptual.VGGPyramid.forward",
+       "(images - self.shift) / self.scale", "(2 * images - 1 - self.shift) / self.scale", "test_perceptual.py::test_vgg_scales_each_colour_once"),
     # 10 codebook and commitment
     _m(10, "the commitment's weight is on the codebook term", "quantize.VectorQuantizer.forward",
        "codebook + self.commitment * commitment", "self.commitment * codebook + commitment", "test_quantize.py::test_beta_is_on_the_commitment"),
