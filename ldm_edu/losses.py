@@ -79,7 +79,7 @@ ADVERSARIAL_LOSSES: dict[str, AdversarialLoss] = {
     "vanilla": AdversarialLoss(lambda d: F.softplus(-d), F.softplus, lambda d: F.softplus(-d)),  # non-saturating
 }
 
-
+# %% ../nbs/12_perceptual_losses.ipynb #12b0f0e1
 def _per_image(values: Tensor) -> Tensor:
     """Mean over all but the first axis, in at least float32: (b,)."""
     return values.to(torch.promote_types(values.dtype, torch.float32)).flatten(1).mean(1)
@@ -113,7 +113,7 @@ DISCRIMINATOR_NORMS: dict[str, Callable[[int], nn.Module]] = {  # of a layer's w
     "spectral": lambda width: nn.Identity(),  # no layer: every convolution's largest singular value is held at 1
 }
 
-
+# %% ../nbs/12_perceptual_losses.ipynb #12b0f0e2
 @dataclass(frozen=True)
 class AdversarialConfig(Config):
     """How a first stage is trained beyond pixels (whose loss its own config names); raises ValueError for nonsense."""
@@ -181,7 +181,7 @@ class PatchDiscriminator(nn.Module):
                              'nothing; disc_norm "group" or "spectral" works for any batch')
         return self.main(images)
 
-
+# %% ../nbs/12_perceptual_losses.ipynb #12b0f0e3
 def _pix2pix_init(layer: nn.Module) -> None:
     """Convolutions N(0, 0.02), scales of norms N(1, 0.02), biases of norms 0 [pix2pix app. 6.2]."""
     if isinstance(layer, nn.Conv2d):
@@ -227,7 +227,7 @@ class Judged(NamedTuple):
     logits_fake: Tensor  # (b, 1, h', w')
     r1: Tensor | None  # (b,), squared input gradients, where asked for
 
-
+# %% ../nbs/12_perceptual_losses.ipynb #12b0f0e4
 class AdversarialStage(nn.Module):
     """A first stage and its discriminator in one module, each part of a training step in one forward (several processes need that).
 
@@ -295,7 +295,7 @@ def generator_loss(stage: AdversarialStage, made: Rebuilt, x: Tensor, perceptual
         logs |= {"fooling": fooling, "gan_weight": config.disc_weight * weight, "logits_made": made.logits_fake}
     return loss, _means(logs)
 
-
+# %% ../nbs/12_perceptual_losses.ipynb #12b0f0e5
 def discriminator_loss(stage: AdversarialStage, judged: Judged) -> tuple[Tensor, dict[str, Tensor]]:
     """Both sides' loss + r1_weight / 2 * squared gradients, (b,) float32, and 0-d logs [R1 eq. 9]; stage: the unwrapped module."""
     loss = real_fake_loss(judged.logits_real, judged.logits_fake, stage.config.disc_loss)

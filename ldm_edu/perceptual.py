@@ -207,7 +207,8 @@ def _check_pictures(pictures, size: int) -> int:
     """How many classes a data set of real pictures has; 0 for None. Raises ValueError where it lacks them or has another size."""
     if pictures is None:
         return 0
-    found, labels = tuple(pictures[0]["image"].shape[1:]), getattr(pictures, "labels", None) is not None
+    labels = getattr(pictures, "labels", None) is not None
+    found = tuple(pictures.__getitems__([0])[0]["image"].shape[1:])
     if not labels or found != (size, size):
         raise ValueError(f"pictures: got size {found} and {'some' if labels else 'no'} classes, expected an ImageFolder with classes "
                          f"and pictures of {size} x {size} pixels")

@@ -416,6 +416,7 @@ def test_generator_step_reaches_the_first_stage_through_the_discriminator():
     stage, x = make_stage(TINY.replace(perceptual_weight=0.0, adaptive=False)), pictures()
     stage.discriminator.requires_grad_(False)
     made = stage(x, generator(), "generator")
+    assert made.logits_fake.requires_grad, "the judgement must lead back to the first stage"
     assert gradients(stage, fooling_loss(made.logits_fake)) == (True, False)
     with_gan, _ = generator_loss(stage, made, x)
     without, _ = generator_loss(stage, stage(x, generator(), "reconstruction"), x)

@@ -49,7 +49,7 @@ class Labelled:
         return len(self.labels)
 
     def __getitems__(self, rows):
-        return [{"image": self.images[i], "label": self.labels[i]} for i in rows]
+        return [{"image": self.images[i], "label": self.labels[i] if self.labels else 0} for i in rows]
 
     def fingerprint(self):
         return "labelled"
