@@ -592,7 +592,7 @@ def test_resume_is_bit_for_bit(decay):
 
 def test_the_trainer_resumes_with_moving_codes(tmp_path):
     """The loop of lesson 08, cut in two and in one go: equal weights, averages and counters."""
-    training = pytest.importorskip("ldm_edu.training")
+    from ldm_edu import training
     from ldm_edu.data import Scenes
 
     class Task(training.TrainingTask):
