@@ -194,7 +194,7 @@ class Condition:
     context: Tensor | None = None  # (b, n, d) tokens for cross-attention
     context_mask: Tensor | None = None  # (b, n) bool, True = a real token; None = all are real
     c: Tensor | None = None  # (b, d) vector added to the time embedding
-    concat: Tensor | None = None  # (b, k, h, w) maps laid beside x_t as further channels
+    concat: Tensor | None = None  # (b, k, h, w) maps laid beside x_t as further channels; (b, k, 1, 1): the same everywhere
 
     def __post_init__(self):
         for name, x in self._parts():
@@ -242,6 +242,8 @@ def _join(a: Condition, b: Condition, how) -> Condition:
         if x is not None and name in ("context", "context_mask"):
             n = max(x.shape[1], y.shape[1])
             x, y = _lengthen(x, n), _lengthen(y, n)
+        if x is not None and name == "concat":
+            x, y = _spread(x, y), _spread(y, x)
         parts[name] = None if x is None else how(x, y)
     return Condition(**parts)
 
@@ -262,6 +264,14 @@ def _lengthen(x: Tensor, length: int) -> Tensor:
     return x if missing == 0 else torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1)
 
 
+def _spread(x: Tensor, other: Tensor) -> Tensor:
+    """Maps of 1 x 1 repeated to the size of the other maps, others as they are; raises ValueError for two other sizes."""
+    (h, w), (height, width) = x.shape[2:], other.shape[2:]
+    if (h, w) != (height, width) and (1, 1) not in ((h, w), (height, width)):
+        raise ValueError(f"these two conditions do not fit: one has maps of {h}x{w}, the other of {height}x{width}")
+    return x.expand(*x.shape[:2], *other.shape[2:]) if x.shape[2:] == (1, 1) else x
+
+
 def _check_keep(keep: Tensor, a: Condition, b: Condition) -> Tensor:
     """`keep` if it is (b,) bool and fits both conditions, else ValueError."""
     if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.ndim != 1:
@@ -279,6 +289,7 @@ class Conditioner(nn.Module):
 
     config_class: type = Config
     keys: tuple[str, ...] = ()  # what `forward` reads from a training batch
+    drops: tuple[str, ...] = ()  # row masks that it takes beside them: True silences one of several parts (see `layout`)
 
     def __init__(self, config: Config, context_dim: int | None = None, c_dim: int | None = None, concat_channels: int = 0):
         super().__init__()

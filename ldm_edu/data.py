@@ -260,6 +260,8 @@ class Scenes(Dataset):
 
     flip_safe = False  # captions say left and right
     class_names = SHAPES  # of the labels
+    box_names = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)  # of the box labels
+    semantic_names = ("ground", *box_names)  # of a semantic map's classes
 
     def __init__(self, size: int | tuple[int, int] = 32, n: int = 10_000, split: str = "train", seed: int = 0,
                  objects: tuple[int, int] = (1, 4), fields: Sequence[str] | None = None):

@@ -186,7 +186,16 @@ def evaluation_table(results: Mapping) -> str:
     for kind in ("single", "relation", "held_out"):
         grades = {k: v for k, v in results.get(kind, {}).items() if isinstance(v, Mapping)}
         rows += [(f"grader, {kind.replace('_', ' ')}: {name}", f"{v['rate']:.3f}", _span((v["low"], v["high"])), v["n"], "") for name, v in grades.items()]
+    rows += _placement_rows(results)
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows + _set_rows(results.get("distribution", {}))) + "\n"
+
+
+def _placement_rows(results: Mapping) -> list[tuple]:
+    """The table's rows about boxes and maps."""
+    names = {"layout": {"iou": "layout: mean IoU of boxes", "label": "layout: right labels", "surplus": "layout: surplus objects a picture"},
+             "semantic": {"miou": "semantic map: mIoU", "pixels": "semantic map: right pixels"}}
+    found = [(label, results[kind][name], results[kind]["n"]) for kind, labels in names.items() if kind in results for name, label in labels.items()]
+    return [(label, f"{v['value']:.3f}", _span((v["low"], v["high"])), n, "") for label, v, n in found]
 
 
 def _set_rows(results: Mapping) -> list[tuple]:

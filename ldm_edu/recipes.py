@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LOG_PLOTS', 'PIXELS_ONLY', 'FIRST_STAGES', 'DIFFUSIONS', 'FirstStageTask', 'AdversarialTask', 'plot_log',
            'DiffusionTask', 'draw_steps', 'FirstStageRecipe', 'DiffusionRecipe', 'train_autoencoder', 'train_diffusion',
-           'default_conditioner', 'all_captions', 'start_codebook', 'measure_latents', 'latent_scale', 'describe_data',
-           'run_card', 'write_picture', 'code_version', 'machine']
+           'default_conditioner', 'conditioner_keys', 'data_names', 'all_captions', 'start_codebook', 'measure_latents',
+           'latent_scale', 'describe_data', 'run_card', 'write_picture', 'code_version', 'machine']
 
 # %% ../nbs/91_recipes.ipynb #56d461c4
 """Named recipes and the two calls that train them: `train_autoencoder` and `train_diffusion`.
@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from .autoencoder import AUTOENCODERS, AutoencoderConfig, LatentStatistics, first_stage_loss, latent_statistics
 from .checkpoint import cache_latents, newest_checkpoint, state_hash
-from .conditioning import ClassConfig, ClassConditioner, NoCondition, TextConditioner, TextConfig, train_tokenizer
+from .conditioning import CONDITIONERS, ClassConfig, ClassConditioner, NoCondition, TextConditioner, TextConfig, train_tokenizer
 from .core import Config, check_choice, default_device
+from .layout import JointConditioner, LayoutConditioner, LayoutConfig, SemanticConditioner, SemanticConfig
 from .ldm import ConditionalUNet, LatentDiffusion, LDMConfig, build, save
 from .losses import AdversarialConfig, AdversarialStage, discriminator_loss, generator_loss
 from .objective import diffusion_loss
@@ -169,6 +170,7 @@ class DiffusionTask(TrainingTask):
         z = (mean + std * rng.normal(shape, "posterior")) * self.ldm.config.scale_factor
         t = draw_steps(rng, self.ldm.schedule.T, self.recipe.step_bias)
         drop = rng.uniform("drop") < self.recipe.condition_dropout
+        batch = {**batch, **{key: rng.uniform(key) < self.recipe.condition_dropout for key in self.ldm.net.conditioner.drops}}
         loss = diffusion_loss(lambda x_t, t: model(x_t, t, batch, drop), z, self.ldm.schedule.to(z.device), t,
                               rng.normal(shape, "eps"), prediction=self.ldm.config.prediction,
                               weighting=self.recipe.weighting)
@@ -224,7 +226,7 @@ class DiffusionRecipe(Config):
     """A conditioned UNet, its objective, and how to train it."""
 
     unet: str = "text-tiny"  # name in UNETS; channels and condition sizes are filled in from the rest
-    conditioner: str = "text"  # none, class or text
+    conditioner: str = "text"  # none, class, text, layout, semantic, or several: text+layout
     pooled: bool = True  # add the condition's vector to the time embedding too, beside cross-attention (learns sooner)
     prediction: str = "v"  # eps, x0 or v
     weighting: str = "simple"  # see objective.loss_weights
@@ -280,7 +282,7 @@ def train_diffusion(data, first_stage: nn.Module, recipe: str | DiffusionRecipe 
                     start_from: LatentDiffusion | None = None, **train_options) -> LatentDiffusion:
     """Train a latent diffusion model on the latents of `first_stage` and return it (EMA weights), saved in `out`.
 
-    `data`: a data set whose items hold `image` and what the conditioner reads (`caption` or `label`).
+    `data`: a data set whose items hold `image` and what the conditioner reads (`caption`, `label`, `boxes` and `box_labels`, `semantic`).
     The latents are computed once, into `out`/latents; the scale factor is 1 / their standard deviation.
     `conditioner`: your own `Conditioner`, in place of the recipe's. `start_from`: a model of the same first stage whose
     weights, architecture and scale factor to go on from (it is trained in place). A run that was interrupted goes on where it stopped.
@@ -293,7 +295,8 @@ def train_diffusion(data, first_stage: nn.Module, recipe: str | DiffusionRecipe 
     torch.manual_seed(options.seed)
     if start_from is not None:
         conditioner = start_from.net.conditioner
-    conditioner = conditioner or default_conditioner(recipe.conditioner, data, UNETS[recipe.unet].context_dim, recipe.pooled)
+    conditioner = conditioner or default_conditioner(recipe.conditioner, data, UNETS[recipe.unet].context_dim, recipe.pooled,
+                                                     first_stage.config.downsample_factor)
     stage_hash = state_hash(first_stage)
     encode = functools.partial(_moments, first_stage.eval())
     cache = functools.partial(cache_latents, encode, folder=Path(out) / "latents", key=stage_hash, keys_to_keep=conditioner.keys,
@@ -319,16 +322,40 @@ def _moments(first_stage: nn.Module, images: Tensor):
     return first_stage.encode(images.to(next(first_stage.parameters()).device))
 
 
-def default_conditioner(name: str, data, width: int | None, pooled: bool = False):
-    """The recipe's conditioner, fitted to the data: class names from its folders, vocabulary from its captions."""
-    check_choice("conditioner", name, ("none", "class", "text"))
-    if name == "none":
-        return NoCondition()
-    if name == "class":
-        names = tuple(getattr(data, "class_names", ()) or ())
-        if not names:
-            raise ValueError("data: got no class_names, expected a data set with classes (one folder per class)")
-        return ClassConditioner(ClassConfig(len(names), names, width=width, pooled=pooled))
+def default_conditioner(name: str, data, width: int | None, pooled: bool = False, downsample_factor: int = 4):
+    """The recipe's conditioner, fitted to the data: names of classes and boxes, or a vocabulary from its captions.
+
+    Several names joined by "+" make a JointConditioner. `downsample_factor`: of the first stage, for maps.
+    """
+    makers = {
+        "none": NoCondition, "text": lambda: _text_conditioner(data, width, pooled),
+        "class": lambda: ClassConditioner(ClassConfig(len(names := data_names(data, "class_names")), names, width=width, pooled=pooled)),
+        "layout": lambda: LayoutConditioner(LayoutConfig(data_names(data, "box_names"), width=width, pooled=pooled)),
+        "semantic": lambda: SemanticConditioner(SemanticConfig(len(data_names(data, "semantic_names")), downsample_factor)),
+    }
+    parts = [makers[check_choice("conditioner", part, makers)]() for part in name.split("+")]
+    return parts[0] if len(parts) == 1 else JointConditioner.of(*parts)
+
+
+def conditioner_keys(name: str) -> tuple[str, ...]:
+    """What a recipe's conditioner, or several joined by "+", will read from a batch."""
+    parts = [CONDITIONERS[check_choice("conditioner", part, CONDITIONERS)] for part in name.split("+")]
+    return tuple(dict.fromkeys(key for part in parts for key in part.keys))
+
+
+def data_names(data, field: str) -> tuple[str, ...]:
+    """The names that a data set, or the one that it is a part of, has under `field`; raises ValueError if there are none."""
+    names = tuple(getattr(data, field, None) or ())
+    if not names and hasattr(data, "dataset"):
+        return data_names(data.dataset, field)
+    if not names:
+        what = {"class_names": "classes (one folder per class)", "box_names": "labelled boxes", "semantic_names": "semantic maps"}[field]
+        raise ValueError(f"data: got no {field}, expected a data set with {what}")
+    return names
+
+
+def _text_conditioner(data, width: int, pooled: bool) -> TextConditioner:
+    """A text conditioner with a vocabulary from the data's captions."""
     tokenizer = train_tokenizer(all_captions(data))
     longest = max(len(tokenizer.encode(c)) for c in set(all_captions(data)))
     if longest > 77:
@@ -460,5 +487,7 @@ DIFFUSIONS = {
     "text-relations": DiffusionRecipe("text-tiny", "text", step_bias=1.6, reading_steps=400,
                                       train=_LATENT_UNET.replace(steps=5_500, lr=5e-4, warmup_steps=100)),
     "class-tiny": DiffusionRecipe("text-tiny", "class", train=_LATENT_UNET),
+    "layout-tiny": DiffusionRecipe("text-tiny", "layout", train=_LATENT_UNET),
+    "semantic-tiny": DiffusionRecipe("text-tiny", "semantic", guidance_scale=2.0, train=_LATENT_UNET),
     "unconditional-tiny": DiffusionRecipe("tiny", "none", guidance_scale=1.0, train=_LATENT_UNET),
 }
