@@ -121,7 +121,7 @@ def test_words_are_shared_between_labels():
 def test_a_held_out_pair_is_the_sum_of_its_words():
     model = layout()
     lines = torch.zeros(1, 1, 4, dtype=torch.long)
-    token = lambda name: model.encoder.embed(torch.tensor([[NAMES.index(name)]]), lines)[0, 0, 0]
+    token = lambda name: model.encoder.tokens(torch.tensor([[NAMES.index(name)]]), lines)[0, 0, 0]
     for colour, shape in HELD_OUT_PAIRS:
         other_shape, other_colour = next(s for s in SHAPES if s != shape), next(c for c in COLOURS if c != colour)
         mixed = token(f"{colour} {other_shape}") + token(f"{other_colour} {shape}") - token(f"{other_colour} {other_shape}")
@@ -129,9 +129,9 @@ def test_a_held_out_pair_is_the_sum_of_its_words():
 
 
 def test_the_three_tokens_are_what_where_from_where_to():
-    encoder = layout().encoder
+    encoder = layout().encoder.tokens
     labels, lines = torch.tensor([[STAR]]), torch.tensor([[[3, 7, 20, 30]]])
-    what, start, end = encoder.embed(labels, lines)[0, 0]
+    what, start, end = encoder(labels, lines)[0, 0]
     words, _ = word_shares(NAMES)
     assert_close(what, encoder.word.weight[words.index("red")] + encoder.word.weight[words.index("star")] + encoder.role.weight[1])
     assert_close(start, encoder.column.weight[3] + encoder.row.weight[7] + encoder.role.weight[2])
@@ -228,7 +228,7 @@ def test_gradients_reach_every_parameter_of_the_layout_encoder():
     (condition.context.pow(2).cumsum(1).sum() + condition.c.pow(3).sum()).backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0, name
-    assert model.encoder.word.weight.grad.abs().sum(1).gt(0).all() and model.encoder.column.weight.grad.abs().sum(1).gt(0).sum() > 20
+    assert model.encoder.tokens.word.weight.grad.abs().sum(1).gt(0).all() and model.encoder.tokens.column.weight.grad.abs().sum(1).gt(0).sum() > 20
 
 
 def test_prompts_and_data_mean_the_same():
