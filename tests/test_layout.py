@@ -74,7 +74,7 @@ LAYOUTS = [[("red circle", 0.0, 0.0, 0.5, 0.5)],
 
 def layout(seed=0, **options):
     torch.manual_seed(seed)
-    return LayoutConditioner(LayoutConfig(**{"label_names": NAMES, "width": 32, "heads": 2} | options)).eval()
+    return LayoutConditioner(LayoutConfig(**{"label_names": NAMES, "grid": 33, "width": 32, "heads": 2} | options)).eval()
 
 
 def semantic(seed=0, **options):
@@ -463,7 +463,7 @@ def test_joint_conditions_are_their_parts(pooled):
     null = model.null(2)
     equal(null, side_by_side([part.null(2) for part in model.parts.values()]))
     assert (model.context_dim, model.c_dim, model.concat_channels) == (32, 32 if pooled else None, 6)
-    assert null.context.shape[1] == 2 + 4 and null.concat.shape == (2, 6, 1, 1)
+    assert null.context.shape[1] == 2 + 1 and null.concat.shape == (2, 6, 1, 1)
 
 
 def test_each_part_can_be_dropped_alone():
