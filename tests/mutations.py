@@ -214,6 +214,11 @@ MUTATIONS = (
        "condition.select(~mask, null)", "condition.select(mask, null)", "test_guidance.py::test_drop_condition_of_an_object"),
     _m(12, "the empty class is the last real class", "conditioning.ClassConditioner.null",
        "self.config.n_classes,", "self.config.n_classes - 1,", "test_conditioning.py::test_class_shapes_and_null"),
+    _m(12, "one of several conditions is never dropped alone", "recipes.DiffusionTask.loss",
+       "rng.uniform(key) < self.recipe.condition_dropout", "rng.uniform(key) < 0",
+       "test_layout.py::test_training_drops_parts_at_the_recipes_rate_and_independently"),
+    _m(12, "of several conditions those to keep are silenced", "layout._speak",
+       "select(~drop,", "select(drop,", "test_layout.py::test_each_part_can_be_dropped_alone"),
     # 13 what the network predicts
     _m(13, "every model's answer is taken for eps when x0 is wanted", "samplers.Denoiser.__call__",
        "to_x0(self.prediction, raw", 'to_x0("eps", raw', "test_samplers.py::test_kinds_alike"),
@@ -305,6 +310,11 @@ MUTATIONS = (
     _m(18, "joining a short text with a long one pads without a mask", "conditioning._mask_pair",
        "if a.context_mask is None and b.context_mask is None and a.context.shape[1] == b.context.shape[1]:",
        "if a.context_mask is None and b.context_mask is None:", "test_conditioning.py::test_cat_pads_and_masks"),
+    _m(18, "places without a box are read as boxes", "layout.LayoutEncoder.forward",
+       "mask.repeat_interleave(3, dim=1)", "torch.ones_like(mask).repeat_interleave(3, dim=1)",
+       "test_layout.py::test_what_padding_holds_does_not_matter"),
+    _m(18, "several conditions side by side lose their masks", "layout._masks",
+       "if all(k.context_mask is None", "if any(k.context_mask is None", "test_layout.py::test_side_by_side_by_hand"),
     # 19 ranges and filters
     _m(19, "the grader takes pictures in [-1, 1] for pictures in [0, 1]", "grader.colour_masks",
        "(images.float().clamp(-1, 1) + 1) / 2", "images.float().clamp(0, 1)", "test_grader.py::test_every_colour_of_every_shape_and_size"),
