@@ -110,12 +110,12 @@ def _check_boxes(config: LayoutConfig, boxes: Tensor, labels: Tensor) -> tuple[T
     if labels.is_floating_point() or not boxes.is_floating_point():
         raise ValueError(f"boxes, box_labels: got {boxes.dtype} and {labels.dtype}, expected floats and integers")
     if labels.device.type == "cpu" and labels.numel():
+        if labels.max() >= len(config.label_names):
+            raise ValueError(f"box_labels: got {labels.max()}, expected -1 (no box) to {len(config.label_names) - 1}")
         real = labels >= 0
         columns = real.any(0).nonzero()
         n = int(columns.max()) + 1 if len(columns) else 0
         boxes, labels, inside = boxes[:, :n], labels[:, :n], boxes[real]
-        if labels.max() >= len(config.label_names):
-            raise ValueError(f"box_labels: got {labels.max()}, expected -1 (no box) to {len(config.label_names) - 1}")
         if not ((inside >= 0) & (inside <= 1)).all():
             raise ValueError(f"boxes: got coordinates {inside.min():.3g} to {inside.max():.3g}, expected fractions from 0 to 1")
     if boxes.shape[1] > config.most:
