@@ -431,6 +431,7 @@ def test_side_by_side_by_hand(masked):
     if masked == (False, False):
         assert both.context_mask is None
     else:
+        assert both.context_mask is not None
         full = torch.ones(2, 4, dtype=torch.bool)
         assert_close(both.context_mask, torch.cat([full[:, :3] if a.context_mask is None else a.context_mask, full if b.context_mask is None else b.context_mask], 1))
     assert len(side_by_side([Condition(), Condition()])) == 0
