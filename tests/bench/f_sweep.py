@@ -60,6 +60,12 @@ class Clock:
         return gaps.median().item()
 
 
+def stage_steps(f: int, args) -> int:
+    """How many steps of the first stage fit into its seconds."""
+    speed = json.loads((Path(args.out) / f"f{f}" / "speed.json").read_text())
+    return int(args.stage_seconds / speed["stage"]) if f > 1 else 0
+
+
 def train_stage(f: int, args, data, out, steps: int, callbacks=()):
     """The first stage of one f: identity at f = 1, else a KL stage trained on pixels alone."""
     z, mult, _ = SIZES[f]
@@ -96,12 +102,13 @@ def remembered(path: Path, measure):
 
 
 @torch.no_grad()
-def reconstruction(stage, data) -> float:
-    """Mean PSNR of unseen pictures (infinite at f = 1, written as None)."""
-    x = torch.stack([data[i]["image"] for i in range(len(data))])
+def measure_stage(f: int, args, data, held_out, reference) -> dict:
+    """What the first stage alone loses on unseen pictures: PSNR (None at f = 1, where nothing is lost) and Frechet distance."""
+    stage = train_stage(f, args, data, Path(args.out) / f"f{f}" / "stage", stage_steps(f, args)).to(default_device()).eval()
+    x = held_out.render(range(len(held_out)))["image"]
     y = torch.cat([stage.decode(stage.encode(part).mode()).clamp(-1, 1) for part in x.split(32)])
-    value = psnr(y, x).mean().item()
-    return round(value, 2) if value < 200 else None
+    interval = fid_interval(scenes_extractor()(y), reference, generator=torch.Generator().manual_seed(0))
+    return {"psnr": round(psnr(y, x).mean().item(), 2) if f > 1 else None, "frechet": [round(v, 3) for v in interval]}
 
 
 def log_spectrum(images) -> torch.Tensor:
@@ -121,14 +128,14 @@ def measure(model, args, reference, spectrum) -> dict:
             "grades": {k: grades[k] for k in ("colour", "shape", "pair")}}
 
 
-def run_one(f: int, args, data, speed, held_out, reference, spectrum) -> dict:
+def run_one(f: int, args, data, speed, reference, spectrum) -> dict:
     """Everything of one f."""
     out = Path(args.out) / f"f{f}"
-    steps = {"stage": int(args.stage_seconds / speed["stage"]) if f > 1 else 0, "diffusion": int(args.seconds / speed["diffusion"])}
+    steps = {"stage": stage_steps(f, args), "diffusion": int(args.seconds / speed["diffusion"])}
     stage = train_stage(f, args, data, out / "stage", steps["stage"]).to(default_device()).eval()
     model = train_model(f, args, data, stage, out / "diffusion", steps["diffusion"])
     count = sum(p.numel() for p in model.net.unet.parameters())
-    return {"f": f, "z_channels": SIZES[f][0], "psnr": reconstruction(stage, held_out), "steps": steps,
+    return {"f": f, "z_channels": SIZES[f][0], "steps": steps,
             "seconds_per_step": {k: round(speed[k], 4) for k in ("stage", "diffusion")},
             "pictures_trained_per_second": round(DIFFUSION.batch_size / speed["diffusion"], 1),
             "pictures_drawn_per_second": round(speed["pictures_per_second"], 2),
@@ -139,8 +146,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="runs/f-sweep")
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=480, help="of diffusion training, each f")
-    parser.add_argument("--stage-seconds", type=float, default=180, help="of first-stage training, each f")
+    parser.add_argument("--seconds", type=float, default=360, help="of diffusion training, each f")
+    parser.add_argument("--stage-seconds", type=float, default=150, help="of first-stage training, each f")
     parser.add_argument("--scenes", type=int, default=6000)
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
@@ -148,7 +155,7 @@ def main() -> None:
     args = parser.parse_args()
     fields = ("image", "caption")
     data = Scenes(args.size, n=args.scenes, objects=(1, 1), fields=fields, seed=args.seed)
-    held_out = Scenes(args.size, n=64, objects=(1, 1), split="validation", fields=fields, seed=args.seed)
+    held_out = Scenes(args.size, n=args.prompts, objects=(1, 1), split="validation", fields=fields, seed=args.seed)
     unseen = Scenes(args.size, n=1024, objects=(1, 1), split="test", fields=("image",), seed=args.seed)
     extractor = scenes_extractor()
     reference = FeatureStatistics(torch.cat([extractor(unseen.render(range(i, i + 128))["image"]) for i in range(0, 1024, 128)]))
@@ -158,8 +165,10 @@ def main() -> None:
         (out / f"f{f}").mkdir(parents=True, exist_ok=True)
     speeds = {f: remembered(out / f"f{f}" / "speed.json", functools.partial(measure_speed, f, args)) for f in args.factors}
     for f in args.factors:
-        run = functools.partial(run_one, f, args, data, speeds[f], held_out, reference, spectrum)
-        rows.append(remembered(out / f"f{f}" / "result.json", run))
+        run = functools.partial(run_one, f, args, data, speeds[f], reference, spectrum)
+        drawn = remembered(out / f"f{f}" / "result.json", run)
+        alone = remembered(out / f"f{f}" / "stage.json", functools.partial(measure_stage, f, args, data, held_out, reference))
+        rows.append({**drawn, "stage": alone})
         print(json.dumps(rows[-1]), flush=True)
     write_json(out / "f-sweep.json", {"settings": vars(args), "machine": machine(), "commit": code_version(), "rows": rows})
 
