@@ -46,7 +46,7 @@ class ExactDenoiser:
         return (rates.sqrt() * self.eps(wide, acp) - (1 - rates).sqrt() * self.x0(wide, acp)).to(x_t.dtype)
 
     def model(self, schedule, prediction: str = "eps") -> Callable[[Tensor, Tensor], Tensor]:
-        """The perfect network `model(x_t, t)` for a schedule's `alphas_cumprod` (T,), t (b,) or one; ValueError unless eps, x0 or v."""
+        """The perfect network `model(x_t, t)` for `alphas_cumprod` (T,), t (b,) or one; raises ValueError unless eps, x0 or v."""
         answer = getattr(self, check_choice("prediction", prediction, ("eps", "x0", "v")))
         table = torch.as_tensor(schedule.alphas_cumprod).double()
         return lambda x_t, t: answer(x_t, table.to(x_t.device)[torch.as_tensor(t, device=x_t.device)])
@@ -391,7 +391,7 @@ def tilted_density(mixture: GaussianMixture, label: int, guidance_scale: float, 
 
 # %% ../nbs/03_oracle.ipynb #4f616c0a
 def noise_density(density: Tensor, axis: Tensor, acp: float) -> Tensor:
-    """A density (n, n) on `axis`'s grid, noised to `acp` [DDPM eq. 4]; ValueError if the noise is narrower than a cell, save acp = 1."""
+    """A density (n, n) on `axis`'s grid noised to `acp` [DDPM eq. 4]; raises ValueError for noise below a cell's width, save acp = 1."""
     width = check_axis(axis)
     check_shape("density", density, "n n", n=len(axis))
     if acp == 1:
