@@ -76,10 +76,9 @@ def _mixture_fields(means, stds, weights, covariances, labels) -> dict[str, Tens
         raise ValueError(f"got {'none' if stds is None else 'both'} of stds and covariances, expected one of them")
     stds = stds.expand(len(means)) if stds is not None and not stds.ndim else stds  # one number for all
     fields = {"means": means, "stds": stds, "weights": weights, "covariances": covariances, "labels": wide(labels, means.device)}
-    for name, pattern in {"means": "k d", "stds": "k", "weights": "k", "covariances": "k d d", "labels": "k"}.items():
+    for name, axes in {"means": "k d", "stds": "k", "weights": "k", "covariances": "k d d", "labels": "k"}.items():
         if fields[name] is not None:
-            said = name if name != "stds" else "stds (full matrices are covariances=...)"
-            check_shape(said, fields[name], pattern, k=len(means), d=means.shape[1])
+            check_shape(name + " (full matrices are covariances=...)" * (name == "stds"), fields[name], axes, k=len(means), d=len(means.T))
             if not fields[name].isfinite().all():
                 raise ValueError(f"{name}: got values that are not finite")
     if not (weights >= 0).all() or not weights.sum() > 0:
