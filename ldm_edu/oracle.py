@@ -25,7 +25,10 @@ from .core import check_choice, check_shape
 
 # %% ../nbs/03_oracle.ipynb #3718ba2b
 def check_levels(acp: Tensor | float, x: Tensor) -> Tensor:
-    """Noise levels of the rows of floating point `x` (b, ...): (b, 1) or (1, 1) float64; raises ValueError unless in [0, 1]."""
+    """Noise levels of the rows of `x` (b, ...) as float64, (b, 1) or (1, 1), on its device.
+
+    Raises ValueError unless `acp` is one number or one per row, in [0, 1], and `x` is floating point.
+    """
     if not x.is_floating_point() or x.ndim < 2:
         raise ValueError(f"x: got {x.dtype} of shape {tuple(x.shape)}, expected floating point (b, ...)")
     acp = torch.as_tensor(acp, dtype=torch.float64, device=x.device)
@@ -102,7 +105,10 @@ def _own_axes(means: Tensor, stds: Tensor | None, covariances: Tensor | None) ->
 # %% ../nbs/03_oracle.ipynb #720e7c4c
 @dataclass(frozen=True, eq=False)
 class MixtureData:
-    """k Gaussians in d dimensions, in float64: the data side of `GaussianMixture`; raises ValueError for fields that describe none."""
+    """k Gaussians in d dimensions, kept in float64: the data side of `GaussianMixture`, which adds the perfect denoiser.
+
+    Raises ValueError for shapes that disagree, spreads that are not positive, or impossible weights.
+    """
 
     means: Tensor  # (k, d) centres
     stds: Tensor | float | None = None  # (k,) spreads of round components, or one number for all
@@ -226,7 +232,10 @@ class GaussianMixture(MixtureDenoiser):
 
 # %% ../nbs/03_oracle.ipynb #1cbeaa8b
 def gaussian_flow(gaussian: GaussianMixture, x: Tensor, acp_from: float, acp_to: float = 1.0) -> Tensor:
-    """Where the probability-flow ODE carries x (b, ...) between two levels, if data are one Gaussian; raises ValueError for k > 1."""
+    """Where the probability-flow ODE carries x (b, ...) between two levels when data are one Gaussian, in closed form.
+
+    Each axis of the covariance is stretched by the ratio of its noised spreads. Raises ValueError for k > 1.
+    """
     if len(gaussian.means) != 1:
         raise ValueError(f"gaussian: got {len(gaussian.means)} components, expected one")
     _, offset, here, _ = gaussian._parts(x, acp_from)
@@ -251,7 +260,8 @@ def exact_flow(velocity: Callable[[Tensor, float], Tensor], x: Tensor, acp_from:
         k1 = ask(state, phi)
         k2 = ask(state + step / 2 * k1, phi + step / 2)
         k3 = ask(state + step / 2 * k2, phi + step / 2)
-        state = state + step / 6 * (k1 + 2 * k2 + 2 * k3 + ask(state + step * k3, phi + step))
+        k4 = ask(state + step * k3, phi + step)
+        state = state + step / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
     return state.to(x.dtype)
 
 # %% ../nbs/03_oracle.ipynb #beed694f
@@ -288,7 +298,10 @@ def _check_items(data: Tensor, labels: Tensor | None, std: float, chunk: int) ->
 
 # %% ../nbs/03_oracle.ipynb #35ce7005
 class FiniteData:
-    """A finite data set, the data side of `IdealDenoiser`; raises ValueError unless finite floats (n, ...) with n labels, or none."""
+    """A finite data set, read `chunk` items at a time: the data side of `IdealDenoiser`, which adds the perfect denoiser.
+
+    Raises ValueError for an empty set, labels of another length, or items that are not finite floating point.
+    """
 
     def __init__(
         self,
@@ -390,7 +403,10 @@ def tilted_density(mixture: GaussianMixture, label: int, guidance_scale: float, 
 
 # %% ../nbs/03_oracle.ipynb #4f616c0a
 def noise_density(density: Tensor, axis: Tensor, acp: float) -> Tensor:
-    """A density (n, n) on `axis`'s grid noised to `acp` [DDPM eq. 4]; raises ValueError for noise below a cell's width, save acp = 1."""
+    """A density (n, n) on the grid of `axis` after the forward process to level `acp`, on the same grid [DDPM eq. 4].
+
+    Raises ValueError where the noise is narrower than a cell, unless acp = 1, or leaves the grid.
+    """
     width = check_axis(axis)
     check_shape("density", density, "n n", n=len(axis))
     if acp == 1:
