@@ -12,7 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from ldm_edu.autoencoder import AutoencoderConfig
 from ldm_edu.core import default_device, write_json
@@ -102,13 +104,14 @@ def remembered(path: Path, measure):
 
 
 @torch.no_grad()
-def measure_stage(f: int, args, data, held_out, reference) -> dict:
-    """What the first stage alone loses on unseen pictures: PSNR (None at f = 1, where nothing is lost) and Frechet distance."""
+def measure_stage(f: int, args, data, held_out, reference, spectrum) -> dict:
+    """What the first stage alone loses on unseen pictures: PSNR (None at f = 1, where nothing is lost), Frechet distance, spectrum."""
     stage = train_stage(f, args, data, Path(args.out) / f"f{f}" / "stage", stage_steps(f, args)).to(default_device()).eval()
     x = held_out.render(range(len(held_out)))["image"]
     y = torch.cat([stage.decode(stage.encode(part).mode()).clamp(-1, 1) for part in x.split(32)])
     interval = fid_interval(scenes_extractor()(y), reference, generator=torch.Generator().manual_seed(0))
-    return {"psnr": round(psnr(y, x).mean().item(), 2) if f > 1 else None, "frechet": [round(v, 3) for v in interval]}
+    return {"psnr": round(psnr(y, x).mean().item(), 2) if f > 1 else None, "frechet": [round(v, 3) for v in interval],
+            "spectrum_gap_db": round((log_spectrum(y) - spectrum).abs().mean().item(), 2)}
 
 
 def log_spectrum(images) -> torch.Tensor:
@@ -167,9 +170,11 @@ def main() -> None:
     for f in args.factors:
         run = functools.partial(run_one, f, args, data, speeds[f], reference, spectrum)
         drawn = remembered(out / f"f{f}" / "result.json", run)
-        alone = remembered(out / f"f{f}" / "stage.json", functools.partial(measure_stage, f, args, data, held_out, reference))
-        rows.append({**drawn, "stage": alone})
+        alone = remembered(out / f"f{f}" / "stage.json", functools.partial(measure_stage, f, args, data, held_out, reference, spectrum))
+        rows.append({**drawn, "stage": alone, "unet": SIZES[f][2]})
         print(json.dumps(rows[-1]), flush=True)
+    sheets = [np.asarray(Image.open(out / f"f{f}" / "samples.png").convert("RGB"))[: args.size + 1] for f in args.factors]
+    Image.fromarray(np.concatenate(sheets)).save(out / "f-sweep.jpg", quality=92, subsampling=0)
     write_json(out / "f-sweep.json", {"settings": vars(args), "machine": machine(), "commit": code_version(), "rows": rows})
 
 
