@@ -65,6 +65,7 @@ def codes_in_use(counts: Tensor) -> Tensor:
     """Share of the codes that occur at all: 0-d float64 in [0, 1]."""
     return (counts > 0).double().mean()
 
+
 def fixed_rate(config: AutoencoderConfig) -> float:
     """Bits per pixel of a VQ stage when every code costs log2(codes) bits."""
     return math.log2(config.codes) / config.downsample_factor**2
@@ -170,8 +171,7 @@ def points_at_random(points: Tensor, n: int, generator: torch.Generator | None =
                      reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Tensor:
     """`n` random ones of the points (m, width), without repeats where they suffice: (n, width).
 
-    With several processes (`process` is index and number, `reduce` sums over them) the points are those of all, in order: each
-    gives the ones it has, and all get the same. Raises ValueError without points.
+    With several processes (`process`: index and number; `reduce` sums) the points are those of all, in order. ValueError without points.
     """
     turn, processes = process
     sizes = reduce(F.one_hot(torch.tensor(turn), processes).to(points.device) * len(points))
