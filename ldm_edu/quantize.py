@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .autoencoder import AutoencoderConfig, AutoencoderKL, Decoder, Encoder, PointLatent
-from .core import check_choice, check_images, check_shape, derive_seed
+from .autoencoder import AutoencoderConfig, AutoencoderKL, Decoder, Encoder, PointLatent, check_picture
+from .core import check_choice, check_shape, derive_seed
 
 # %% ../nbs/11_vq.ipynb #a490abdb
 def nearest_code(points: Tensor, codebook: Tensor, chunk: int = 2**24) -> Tensor:
@@ -309,13 +309,7 @@ class PointStage(nn.Module):
 
     def encode(self, x: Tensor) -> PointLatent:
         """Latents of images (b, 3, h, w) in [-1, 1]; raises ValueError unless h and w are multiples of f."""
-        factor, channels = self.downsample_factor, self.config.in_channels
-        if channels == 3:
-            check_images(x, "x")
-        height, width = check_shape("x", x, "b c h w", c=channels).shape[2:]
-        if min(height, width) < factor or height % factor or width % factor:
-            raise ValueError(f"x: got {height} x {width} pixels, expected sides that are multiples of {factor}")
-        return PointLatent(self.latents(x))
+        return PointLatent(self.latents(check_picture(self.config, x)))
 
 # %% ../nbs/11_vq.ipynb #1fc52ba7
 class AutoencoderVQ(PointStage):
