@@ -77,11 +77,15 @@ def train_stage(f: int, args, data, out, steps: int, callbacks=()):
     return train_autoencoder(data, FirstStageRecipe(config, STAGE), out, steps=steps, seed=args.seed, callbacks=callbacks, progress=False)
 
 
+def unet_changes(f: int) -> dict:
+    """In what the UNet of one f differs from "text-tiny"."""
+    return {"num_groups": 8, "head_dim": 32, **SIZES[f][2]}
+
+
 def train_model(f: int, args, data, stage, out, steps: int, callbacks=()):
     """The diffusion model of one f on the latents of `stage`."""
     recipe = DiffusionRecipe("text-tiny", "text", train=DIFFUSION)
-    changes = {"num_groups": 8, "head_dim": 32, **SIZES[f][2]}
-    return train_diffusion(data, stage, recipe, out, unet=changes, steps=steps, seed=args.seed, callbacks=callbacks, progress=False)
+    return train_diffusion(data, stage, recipe, out, unet=unet_changes(f), steps=steps, seed=args.seed, callbacks=callbacks, progress=False)
 
 
 def measure_speed(f: int, args) -> dict:
@@ -171,7 +175,7 @@ def main() -> None:
         run = functools.partial(run_one, f, args, data, speeds[f], reference, spectrum)
         drawn = remembered(out / f"f{f}" / "result.json", run)
         alone = remembered(out / f"f{f}" / "stage.json", functools.partial(measure_stage, f, args, data, held_out, reference, spectrum))
-        rows.append({**drawn, "stage": alone, "unet": SIZES[f][2]})
+        rows.append({**drawn, "stage": alone, "unet": unet_changes(f)})
         print(json.dumps(rows[-1]), flush=True)
     sheets = [np.asarray(Image.open(out / f"f{f}" / "samples.png").convert("RGB"))[: args.size + 1] for f in args.factors]
     Image.fromarray(np.concatenate(sheets)).save(out / "f-sweep.jpg", quality=92, subsampling=0)
