@@ -184,7 +184,7 @@ def unclipped_decode(space: LatentSpace, latents: Tensor) -> Tensor:
     """`space.decode` without its clipping to [-1, 1]: a clipped pixel has no gradient, and a guide could not call it back."""
     return space.first_stage.decode(latents.to(space.device) / space.config.scale_factor)
 
-# %% ../nbs/15b_editing.ipynb #77395e03
+
 def low_pass_loss(low: Tensor) -> Callable[[Tensor], Tensor]:
     """Of images (b, 3, h, w): how far their means over blocks are from `low` (b, 3, h / k, w / k): super-resolution.
 
@@ -213,7 +213,7 @@ def check_mask(mask: Tensor, like: Tensor) -> Tensor:
         raise ValueError("mask: got numbers other than 0 and 1, expected 1 where something new is to come, 0 elsewhere")
     return mask.bool().to(like.device)
 
-# %% ../nbs/15b_editing.ipynb #d583edb3
+
 def blank(images: Tensor, mask: Tensor) -> Tensor:
     """images (b, 3, h, w) with each picture's mean colour outside the mask put inside it; grey where the mask is full."""
     hole = check_mask(mask, images)
@@ -262,7 +262,7 @@ def noised_to(acp: float, x0: Tensor, noise: Tensor) -> Tensor:
     """x0 at noise level acp: sqrt(acp) x0 + sqrt(1 - acp) noise [DDPM eq. 4]."""
     return math.sqrt(acp) * x0 + math.sqrt(1 - acp) * noise
 
-# %% ../nbs/15b_editing.ipynb #def17daf
+
 def sdedit(denoiser: Denoiser, x0: Tensor, steps: int, strength: float, sampler: str = "dpmpp_2m", *,
            spacing: str = "trailing", generator=None, callback=None, **options) -> Tensor:
     """Noise x0 (b, ...) up to the part `strength` of a walk and walk down from there [SDEdit alg. 1].
@@ -319,7 +319,8 @@ def repaint(denoiser: Denoiser, x0: Tensor, mask: Tensor, steps: int, *, jump: i
     chosen, path = last_timesteps(denoiser, steps, 1.0, spacing), repaint_path(steps, jump, rounds)
     fresh, known = check_mask(mask, x0), widen(x0)
     noise = randn(known.shape, generator, known.device, known.dtype)
-    x_t, levels, before, moves = torch.where(fresh, noise, noised_to(denoiser.acp(chosen[0]), known, noise)), [*chosen, -1], denoiser.calls, 0
+    x_t = torch.where(fresh, noise, noised_to(denoiser.acp(chosen[0]), known, noise))
+    levels, before, moves = [*chosen, -1], denoiser.calls, 0
     for here, there in zip(path, path[1:]):
         step = Step(moves, levels[here], levels[there], denoiser.acp(levels[here]), denoiser.acp(levels[there]))
         if there < here:  # noise back up, everything alike
@@ -350,7 +351,8 @@ def inpaint(denoiser: Denoiser, space: LatentSpace, images: Tensor, mask: Tensor
     """Fill images (b, 3, h, w) where `mask` (b or 1, 1, h, w) is 1, by `repaint` in the latents of `space`.
 
     Every pixel outside the mask comes back bit for bit. What lay under the mask is never seen: `blank` covers it first.
-    `grow`: cells around the mask's own that are drawn anew too; the cut shows less at 0. Options are those of `repaint`. Raises ValueError for bad masks.
+    `grow`: cells around the mask's own that are drawn anew too; the cut shows less at 0. Options are those of `repaint`.
+    Raises ValueError for bad masks and pictures.
     """
     hole = check_mask(mask, check_images(images))
     z = space.encode(blank(images, hole))

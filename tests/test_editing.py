@@ -210,7 +210,8 @@ def test_classifier_shapes_sizes_and_time():
 
 def test_classifier_log_prob_is_its_normalised_logit_and_differentiable():
     torch.manual_seed(0)
-    net, x, t, y = E.NoisyClassifier(E.ClassifierConfig(3, 4, 32)).double(), normal(4, 4, 4, 4).double(), torch.tensor([0, 9, 99, 999]), torch.tensor([2, 0, 1, 1])
+    net, x = E.NoisyClassifier(E.ClassifierConfig(3, 4, 32)).double(), normal(4, 4, 4, 4).double()
+    t, y = torch.tensor([0, 9, 99, 999]), torch.tensor([2, 0, 1, 1])
     logits = net(x, t)
     assert_close(net.log_prob(y)(x, t), torch.stack([logits[i, k] - logits[i].logsumexp(0) for i, k in enumerate(y)]))
     assert_close(sum(net.log_prob(torch.full((4,), k))(x, t).exp() for k in range(3)), torch.ones(4).double())
