@@ -386,7 +386,7 @@ MUTATIONS = (
        "seen.eps - math.sqrt(1 - acp) * push", "seen.eps + math.sqrt(1 - acp) * push",
        "test_editing.py::test_the_exact_classifier_turns_the_whole_into_the_class"),
     _m(6, "an edit's number of steps is cut off instead of rounded", "editing.last_timesteps",
-       "round(strength * steps)", "int(strength * steps)", "test_editing.py::test_a_strength_keeps_its_share_of_the_steps"),
+       "-max(1, round(strength * steps))", "-max(1, int(strength * steps))", "test_editing.py::test_a_strength_keeps_its_share_of_the_steps"),
     _m(14, "a guide decodes scaled latents as they are", "editing.unclipped_decode",
        "latents.to(space.device) / space.config.scale_factor", "latents.to(space.device)",
        "test_editing.py::test_decoding_without_clipping_is_decoding"),
