@@ -15,6 +15,8 @@ _WHERE = {
     "AutoencoderKL": "autoencoder", "AutoencoderConfig": "autoencoder", "UNet": "unet", "UNetConfig": "unet",
     "Conditioner": "conditioning", "Condition": "conditioning", "TextConditioner": "conditioning", "ClassConditioner": "conditioning",
     "make_schedule": "schedule", "grade": "grader", "train_autoencoder": "recipes", "train_diffusion": "recipes",
+    "classifier_guided": "editing", "image_guided": "editing", "sdedit": "editing", "repaint": "editing", "inpaint": "editing",
+    "edit_by_inversion": "editing", "slerp": "editing", "blend_conditions": "editing", "prompt_denoiser": "editing",
     "profile": "core", "use_profile": "core",
 }
 __all__ = ["__version__", *_WHERE]

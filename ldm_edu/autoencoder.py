@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PIXEL_LOSSES', 'AUTOENCODERS', 'AutoencoderConfig', 'ResnetBlock', 'AsymmetricDownsample', 'NearestUpsample',
            'SpatialAttention', 'Level', 'Middle', 'Encoder', 'Decoder', 'DiagonalGaussian', 'PointLatent',
-           'AutoencoderKL', 'summed_kl_weight', 'pixel_loss', 'first_stage_loss', 'LatentStatistics',
+           'check_picture', 'AutoencoderKL', 'summed_kl_weight', 'pixel_loss', 'first_stage_loss', 'LatentStatistics',
            'latent_statistics']
 
 # %% ../nbs/10_kl_first_stage.ipynb #4212d376
@@ -292,6 +292,20 @@ class PointLatent:
         """The latent too: nothing is drawn."""
         return self.mean
 
+# %% ../nbs/10_kl_first_stage.ipynb #3c9d71fe
+def check_picture(config: AutoencoderConfig, x: Tensor) -> Tensor:
+    """`x` if a first stage of this config can encode it: (b, in_channels, h, w), h and w multiples of f, colours in [-1, 1].
+
+    Raises ValueError otherwise.
+    """
+    factor = config.downsample_factor
+    if config.in_channels == 3:
+        check_images(x, "x")
+    height, width = check_shape("x", x, "b c h w", c=config.in_channels).shape[2:]
+    if min(height, width) < factor or height % factor or width % factor:
+        raise ValueError(f"x: got {height} x {width} pixels, expected sides that are multiples of {factor}")
+    return x
+
 # %% ../nbs/10_kl_first_stage.ipynb #6978a4e6
 class AutoencoderKL(nn.Module):
     """The paper's KL first stage: `decode(encode(x).sample())` is nearly x [LDM sec. 3.1].
@@ -319,13 +333,7 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """Posterior of images (b, 3, h, w) in [-1, 1]; raises ValueError unless h and w are multiples of f."""
-        factor, channels = self.downsample_factor, self.config.in_channels
-        if channels == 3:
-            check_images(x, "x")
-        height, width = check_shape("x", x, "b c h w", c=channels).shape[2:]
-        if min(height, width) < factor or height % factor or width % factor:
-            raise ValueError(f"x: got {height} x {width} pixels, expected sides that are multiples of {factor}")
-        return DiagonalGaussian(*self.quant_conv(self.encoder(x)).chunk(2, dim=1))
+        return DiagonalGaussian(*self.quant_conv(self.encoder(check_picture(self.config, x))).chunk(2, dim=1))
 
     def decode(self, z: Tensor) -> Tensor:
         """Images (b, 3, h f, w f), about [-1, 1] and not clipped, of latents (b, z_channels, h, w)."""

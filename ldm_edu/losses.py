@@ -95,7 +95,7 @@ def fooling_loss(logits_fake: Tensor, name: str = "hinge") -> Tensor:
     """What the maker of pictures minimises, (b,): low where the discriminator takes them for real [GAN sec. 3; SN-GAN eq. 17]."""
     return _per_image(ADVERSARIAL_LOSSES[check_choice("disc_loss", name, ADVERSARIAL_LOSSES)].generator(logits_fake))
 
-
+# %% ../nbs/12_perceptual_losses.ipynb #3ff8f5f3
 def r1_penalty(logits: Tensor, images: Tensor) -> Tensor:
     """Squared norm (b,) of the gradient of each picture's mean logit in its pixels, itself differentiable [R1 eq. 9].
 
@@ -146,6 +146,25 @@ class AdversarialConfig(Config):
         """Does the first stage see the discriminator at this step?"""
         return self.disc_weight > 0 and step >= self.disc_start + self.disc_warmup
 
+# %% ../nbs/12_perceptual_losses.ipynb #12b0f0e3
+def _pix2pix_init(layer: nn.Module) -> None:
+    """Convolutions N(0, 0.02), scales of norms N(1, 0.02), biases of norms 0 [pix2pix app. 6.2]."""
+    if isinstance(layer, nn.Conv2d):
+        nn.init.normal_(layer.weight, 0.0, 0.02)
+    elif isinstance(layer, (nn.BatchNorm2d, nn.GroupNorm)):
+        nn.init.normal_(layer.weight, 1.0, 0.02), nn.init.zeros_(layer.bias)
+
+# %% ../nbs/12_perceptual_losses.ipynb #74cad49a
+def _patch_layers(config: AdversarialConfig, in_channels: int) -> list[nn.Module]:
+    """The discriminator's layers in order; a convolution has a bias where no norm follows that brings its own."""
+    plain, norm = config.disc_norm == "spectral", DISCRIMINATOR_NORMS[config.disc_norm]
+    widths = [config.disc_channels * min(2**i, 8) for i in range(config.disc_layers + 1)]
+    layers = [nn.Conv2d(in_channels, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
+    for i in range(config.disc_layers):
+        stride = 2 if i + 1 < config.disc_layers else 1
+        layers += [nn.Conv2d(widths[i], widths[i + 1], 4, stride, 1, bias=plain), norm(widths[i + 1]), nn.LeakyReLU(0.2)]
+    return [*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1)]
+
 # %% ../nbs/12_perceptual_losses.ipynb #d113a57e
 class PatchDiscriminator(nn.Module):
     """Pictures (b, c, h, w) in [-1, 1] to logits (b, 1, h', w'), one per overlapping patch: real above 0 [pix2pix app. 6.1.2].
@@ -156,17 +175,10 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, config: AdversarialConfig | None = None, in_channels: int = 3):
         super().__init__()
-        self.config = config = config or AdversarialConfig()
-        plain, norm = config.disc_norm == "spectral", DISCRIMINATOR_NORMS[config.disc_norm]
-        widths = [config.disc_channels * min(2**i, 8) for i in range(config.disc_layers + 1)]
-        layers = [nn.Conv2d(in_channels, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
-        for i in range(config.disc_layers):
-            stride = 2 if i + 1 < config.disc_layers else 1
-            conv = nn.Conv2d(widths[i], widths[i + 1], 4, stride, 1, bias=plain)
-            layers += [conv, norm(widths[i + 1]), nn.LeakyReLU(0.2)]
-        self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1))
+        self.config = config or AdversarialConfig()
+        self.main = nn.Sequential(*_patch_layers(self.config, in_channels))
         self.main.apply(_pix2pix_init)
-        if plain:
+        if self.config.disc_norm == "spectral":
             for layer in self.main:
                 if isinstance(layer, nn.Conv2d):
                     nn.utils.parametrizations.spectral_norm(layer)
@@ -181,20 +193,13 @@ class PatchDiscriminator(nn.Module):
                              'nothing; disc_norm "group" or "spectral" works for any batch')
         return self.main(images)
 
-# %% ../nbs/12_perceptual_losses.ipynb #12b0f0e3
-def _pix2pix_init(layer: nn.Module) -> None:
-    """Convolutions N(0, 0.02), scales of norms N(1, 0.02), biases of norms 0 [pix2pix app. 6.2]."""
-    if isinstance(layer, nn.Conv2d):
-        nn.init.normal_(layer.weight, 0.0, 0.02)
-    elif isinstance(layer, (nn.BatchNorm2d, nn.GroupNorm)):
-        nn.init.normal_(layer.weight, 1.0, 0.02), nn.init.zeros_(layer.bias)
-
 # %% ../nbs/12_perceptual_losses.ipynb #6b6fa68e
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, reduce: Callable[[Tensor], Tensor] | None = None,
                     ) -> tuple[Tensor, dict[str, Tensor]]:
     """|grad reconstruction| / (|grad adversarial| + 1e-4) in the decoder's last weights, within [0, 1e4]: 0-d, detached [VQGAN eq. 7].
 
-    Both losses are 0-d. `reduce` sums a tensor over processes, so that all get one weight. Returns it and both norms.
+    Both losses are 0-d. `reduce` sums a tensor over processes, so that all get one weight. Under gradient accumulation each
+    micro-batch has its own, from its own gradients. Returns it and both norms.
     Raises ValueError for losses without gradient (under no_grad there is nothing to balance).
     """
     if not (reconstruction.requires_grad and adversarial.requires_grad and last_layer.requires_grad):
@@ -231,9 +236,8 @@ class Judged(NamedTuple):
 class AdversarialStage(nn.Module):
     """A first stage and its discriminator in one module, each part of a training step in one forward (several processes need that).
 
-    forward(x, generator, part) for images (b, 3, h, w) in [-1, 1]: "reconstruction" leaves the discriminator alone (evaluation,
-    and steps before it judges), "generator" has it judge what the first stage made, "discriminator" shows it both kinds.
-    Raises ValueError for a first stage without a decoder.
+    forward(x, generator, part) for images (b, 3, h, w) in [-1, 1]: "reconstruction" leaves the discriminator alone (evaluation, and
+    steps before it judges), "generator" has it judge what was made, "discriminator" shows it both kinds. Raises ValueError for "identity".
     """
 
     def __init__(self, first_stage: nn.Module, config: AdversarialConfig | None = None):
@@ -275,7 +279,7 @@ def generator_loss(stage: AdversarialStage, made: Rebuilt, x: Tensor, perceptual
     """Pixels + perceptual + bottleneck + weight * adversarial, (b,) float32, and 0-d logs [LDM eq. 25].
 
     stage: the unwrapped module. made: its output for "generator", or for "reconstruction" (no adversarial term). perceptual:
-    (x, y) -> (b,), which perceptual_weight > 0 needs: ValueError. reduce: as in `adaptive_weight`.
+    (x, y) -> (b,), which perceptual_weight > 0 needs: ValueError. reduce: as in `adaptive_weight`, whose weight is this batch's.
     """
     config, first_stage = stage.config, stage.first_stage
     if config.perceptual_weight > 0 and perceptual is None:

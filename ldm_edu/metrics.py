@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPARABLE', 'frechet_distance', 'matrix_root', 'check_comparable', 'check_features', 'FeatureStatistics',
-           'save_tensors', 'load_tensors', 'save_statistics', 'load_statistics', 'fid', 'FIDCurve', 'fid_against_n',
+           'save_tensors', 'load_tensors', 'fid', 'save_statistics', 'load_statistics', 'FIDCurve', 'fid_against_n',
            'Estimate', 'kid', 'kid_subsets', 'neighbour_radii', 'precision_recall', 'density_coverage',
            'inception_score', 'nearest', 'Memorisation', 'memorisation', 'Interval', 'bootstrap', 'fid_interval',
            'psnr', 'ssim', 'lpips']
@@ -133,6 +133,12 @@ def load_tensors(path: str | Path, names: Sequence[str]) -> tuple[dict[str, Tens
         raise ValueError(f"{path}: got another kind of file ({err}), expected {', '.join(names)} and a provenance") from err
 
 # %% ../nbs/09_metrics.ipynb #16c4e51a
+def fid(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    """Frechet distance of two sets of features [FID eq. 6]. Raises ValueError where their provenances differ."""
+    check_comparable(a.provenance, b.provenance)
+    return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+
+
 def save_statistics(statistics: FeatureStatistics, path: str | Path, overwrite: bool = False) -> Path:
     """Write statistics and their provenance; raises ValueError where a file lies, unless `overwrite`."""
     tensors = {"n": torch.tensor(statistics.n), "mean": statistics.mean, "scatter": statistics.scatter}
@@ -145,12 +151,6 @@ def load_statistics(path: str | Path) -> FeatureStatistics:
     out = FeatureStatistics(provenance=provenance)
     out.n, out.mean, out.scatter = int(tensors["n"]), tensors["mean"], tensors["scatter"]
     return out
-
-# %% ../nbs/09_metrics.ipynb #fb815330
-def fid(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """Frechet distance of two sets of features [FID eq. 6]. Raises ValueError where their provenances differ."""
-    check_comparable(a.provenance, b.provenance)
-    return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 # %% ../nbs/09_metrics.ipynb #35eb9274
 class FIDCurve(NamedTuple):
@@ -201,7 +201,7 @@ def kid(x: Tensor, y: Tensor) -> float:
     within = sum((_kernel_sum(v, v) - (v.square().sum(1) / v.shape[1] + 1).pow(3).sum().item()) / (len(v) * (len(v) - 1)) for v in (x, y))
     return within - 2 * _kernel_sum(x, y) / (len(x) * len(y))
 
-
+# %% ../nbs/09_metrics.ipynb #f0da2b26
 def kid_subsets(x: Tensor, y: Tensor, subsets: int = 100, subset_size: int = 1000, generator=None) -> Estimate:
     """Mean KID of random subsets, and their standard deviation: the standard error of a KID from `subset_size` pictures.
 
@@ -234,7 +234,7 @@ def precision_recall(samples: Tensor, reference: Tensor, k: int = 3, chunk: int 
         shares.append(hits / len(points))
     return shares[0], shares[1]
 
-
+# %% ../nbs/09_metrics.ipynb #e067d897
 def density_coverage(samples: Tensor, reference: Tensor, k: int = 5, chunk: int = 1024) -> tuple[float, float]:
     """How many reference balls a sample lies in, over k, and the share of balls that hold a sample [Naeem 2020, sec. 3]."""
     samples = check_features(samples, "samples")
@@ -311,7 +311,7 @@ def bootstrap(rows: Tensor, statistic: Callable[[Tensor], float] | None = None, 
     low, high = values.quantile(torch.tensor([0.5 - level / 2, 0.5 + level / 2], dtype=torch.float64)).tolist()
     return Interval(float(statistic(rows)), low, high)
 
-
+# %% ../nbs/09_metrics.ipynb #128d34ec
 def fid_interval(samples: Tensor, reference: FeatureStatistics, resamples: int = 100, level: float = 0.95, generator=None) -> Interval:
     """Bootstrap interval of the FID of samples (n, d), moved down by what drawing rows twice adds to the FID.
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_levels', 'ExactDenoiser', 'MixtureData', 'MixtureDensity', 'MixtureDenoiser', 'GaussianMixture',
-           'gaussian_flow', 'exact_flow', 'flow_log_prob', 'FiniteData', 'IdealDenoiser', 'check_axis',
-           'tilted_density', 'noise_density', 'grid_moments']
+           'gaussian_flow', 'exact_flow', 'flow_log_prob', 'FiniteData', 'IdealDenoiser', 'check_axis', 'grid_moments',
+           'tilted_density', 'noise_density']
 
 # %% ../nbs/03_oracle.ipynb #02e481d8
 """Exact diffusion: the perfect denoiser in closed form for Gaussians, their mixtures and finite data sets, and its exact ODE.
@@ -49,10 +49,7 @@ class ExactDenoiser:
         return (rates.sqrt() * self.eps(wide, acp) - (1 - rates).sqrt() * self.x0(wide, acp)).to(x_t.dtype)
 
     def model(self, schedule, prediction: str = "eps") -> Callable[[Tensor, Tensor], Tensor]:
-        """The perfect network `model(x_t, t)` of a schedule with `alphas_cumprod` (T,); t is (b,) integers, or one.
-
-        Raises ValueError for a prediction other than eps, x0 or v.
-        """
+        """The perfect network `model(x_t, t)` for `alphas_cumprod` (T,), t (b,) or one; raises ValueError unless eps, x0 or v."""
         answer = getattr(self, check_choice("prediction", prediction, ("eps", "x0", "v")))
         table = torch.as_tensor(schedule.alphas_cumprod).double()
         return lambda x_t, t: answer(x_t, table.to(x_t.device)[torch.as_tensor(t, device=x_t.device)])
@@ -75,27 +72,21 @@ class ExactDenoiser:
 # %% ../nbs/03_oracle.ipynb #84f00179
 def _mixture_fields(means, stds, weights, covariances, labels) -> dict[str, Tensor | None]:
     """The fields of a mixture as float64 tensors on the device of `means`, after checking that they describe one."""
-    means = torch.as_tensor(means).detach().double()
-    check_shape("means", means, "k d")
-    k, d = means.shape
-    wide = lambda values: None if values is None else torch.as_tensor(values).detach().to(means)
-    stds, covariances = wide(stds), wide(covariances)
-    weights = torch.ones(k).to(means) if weights is None else wide(weights)
+    means = check_shape("means", torch.as_tensor(means).detach().double(), "k d")
+    wide = lambda values, like=means: None if values is None else torch.as_tensor(values).detach().to(like)
+    stds, covariances, weights = wide(stds), wide(covariances), wide(torch.ones(len(means)) if weights is None else weights)
     if (stds is None) == (covariances is None):
         raise ValueError(f"got {'none' if stds is None else 'both'} of stds and covariances, expected one of them")
-    if stds is not None:
-        stds = stds.expand(k) if stds.ndim == 0 else check_shape("stds (full matrices are covariances=...)", stds, "k", k=k)
-    else:
-        check_shape("covariances", covariances, "k d d", k=k, d=d)
-    labels = None if labels is None else check_shape("labels", torch.as_tensor(labels).to(means.device), "k", k=k)
-    check_shape("weights", weights, "k", k=k)
-    values = {"means": means, "stds": stds, "weights": weights, "covariances": covariances, "labels": labels}
-    for name, value in values.items():
-        if value is not None and not value.isfinite().all():
-            raise ValueError(f"{name}: got values that are not finite")
+    stds = stds.expand(len(means)) if stds is not None and not stds.ndim else stds  # one number for all
+    fields = {"means": means, "stds": stds, "weights": weights, "covariances": covariances, "labels": wide(labels, means.device)}
+    for name, axes in {"means": "k d", "stds": "k", "weights": "k", "covariances": "k d d", "labels": "k"}.items():
+        if fields[name] is not None:
+            check_shape(name + " (full matrices are covariances=...)" * (name == "stds"), fields[name], axes, k=len(means), d=len(means.T))
+            if not fields[name].isfinite().all():
+                raise ValueError(f"{name}: got values that are not finite")
     if not (weights >= 0).all() or not weights.sum() > 0:
         raise ValueError(f"weights: got {weights.tolist()}, expected numbers of at least 0, not all 0")
-    return values | {"weights": weights / weights.sum()}
+    return fields | {"weights": weights / weights.sum()}
 
 # %% ../nbs/03_oracle.ipynb #f9fca4b2
 def _own_axes(means: Tensor, stds: Tensor | None, covariances: Tensor | None) -> dict[str, Tensor | None]:
@@ -149,9 +140,8 @@ class MixtureData:
                 raise ValueError(f"generator: got {len(generator)} generators, expected {n}, one per point")
             return torch.cat([self.sample(1, g) for g in generator])
         k = torch.multinomial(self.weights.cpu(), n, replacement=True, generator=generator).to(self.means.device)
-        noise = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64).to(self.means.device)
-        return self.means[k] + (self.variances[k].sqrt() * noise if self.bases is None else einsum(
-            self.bases[k], self.variances[k].sqrt() * noise, "b plane own, b own -> b plane"))
+        along = self.variances[k].sqrt() * torch.randn(n, len(self.mean), generator=generator, dtype=torch.float64).to(k.device)
+        return self.means[k] + (along if self.bases is None else einsum(self.bases[k], along, "b plane own, b own -> b plane"))
 
 # %% ../nbs/03_oracle.ipynb #68363ed7
 class MixtureDensity(MixtureData):
@@ -211,10 +201,7 @@ class MixtureDenoiser(MixtureDensity, ExactDenoiser):
 
 # %% ../nbs/03_oracle.ipynb #c82e24ec
 class GaussianMixture(MixtureDenoiser):
-    """Data whose perfect denoiser has a formula: k Gaussians in d dimensions, k = 1 for one Gaussian.
-
-    `GaussianMixture(means, stds, weights, covariances, labels)`: see `MixtureData` for the fields and their errors.
-    """
+    """Data whose perfect denoiser has a formula: k Gaussians in d dimensions, with the fields and errors of `MixtureData`."""
 
     def noised(self, acp: float) -> "GaussianMixture":
         """The mixture that x_t follows at one level [DDPM eq. 4]."""
@@ -261,21 +248,19 @@ def gaussian_flow(gaussian: GaussianMixture, x: Tensor, acp_from: float, acp_to:
 def exact_flow(velocity: Callable[[Tensor, float], Tensor], x: Tensor, acp_from: float, acp_to: float = 1.0, steps: int = 400) -> Tensor:
     """Solve the probability-flow ODE from x (b, ...) at one level to another, in float64, by the classical 4th-order rule.
 
-    `velocity(x_t, acp)` is a v-prediction, e.g. `mixture.v`: with sqrt(acp) = cos(phi), the ODE reads dx/dphi = v
-    [Salimans & Ho 2022, app. D], and both ends, acp = 0 and 1, are ordinary points. The error falls as steps ** -4.
-    Raises ValueError for levels outside [0, 1] or fewer than one step.
+    `velocity(x_t, acp)` is a v-prediction, e.g. `mixture.v`: dx/dphi = v with sqrt(acp) = cos(phi) [Salimans & Ho 2022, app. D],
+    ordinary at both ends. The error falls as steps ** -4. Raises ValueError for levels outside [0, 1] or fewer than one step.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps: got {steps!r}, expected an integer of at least 1")
     start, end = (math.acos(check_levels(level, x).item() ** 0.5) for level in (acp_from, acp_to))
     step, state = (end - start) / steps, x.double()
-    level = lambda angle: min(1.0, max(0.0, math.cos(angle) ** 2))
-    for i in range(steps):
-        phi = start + i * step
-        k1 = velocity(state, level(phi))
-        k2 = velocity(state + step / 2 * k1, level(phi + step / 2))
-        k3 = velocity(state + step / 2 * k2, level(phi + step / 2))
-        k4 = velocity(state + step * k3, level(phi + step))
+    ask = lambda state, phi: velocity(state, min(1.0, max(0.0, math.cos(phi) ** 2)))
+    for phi in (start + i * step for i in range(steps)):
+        k1 = ask(state, phi)
+        k2 = ask(state + step / 2 * k1, phi + step / 2)
+        k3 = ask(state + step / 2 * k2, phi + step / 2)
+        k4 = ask(state + step * k3, phi + step)
         state = state + step / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
     return state.to(x.dtype)
 
@@ -345,8 +330,7 @@ class FiniteData:
     def nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Index (b,) of the item nearest to each clean x (b, ...), and its root mean square distance (b,) in the data's unit."""
         index = torch.cat([log_fit for log_fit, _ in self.log_fits(x, 1.0)], 1).argmax(1)
-        offset = x.double() - self.data.to(x.device)[index].double()
-        return index, offset.square().flatten(1).mean(1).sqrt().to(x.dtype)
+        return index, (x.double() - self.data.to(x.device)[index].double()).square().flatten(1).mean(1).sqrt().to(x.dtype)
 
 # %% ../nbs/03_oracle.ipynb #e075ade1
 class IdealDenoiser(FiniteData, ExactDenoiser):
@@ -364,9 +348,8 @@ class IdealDenoiser(FiniteData, ExactDenoiser):
     def x0(self, x_t: Tensor, acp: Tensor | float) -> Tensor:
         """E[x0 | x_t], the perfect x0-prediction, (b, ...) [Karras et al. 2022, app. B.3]; at acp = 1 the nearest item."""
         average, level = self.average(x_t, acp), check_levels(acp, x_t)
-        if self.std:
-            gain = level.sqrt() * self.std**2 / (level * self.std**2 + 1 - level)
-            average = average + gain * (x_t.double().flatten(1) - level.sqrt() * average)
+        gain = level.sqrt() * self.std**2 / (level * self.std**2 + 1 - level) if self.std else 0.0  # points have no width
+        average = average + gain * (x_t.double().flatten(1) - level.sqrt() * average)
         return average.reshape(x_t.shape).to(x_t.dtype)
 
     def eps(self, x_t: Tensor, acp: Tensor | float) -> Tensor:
@@ -381,11 +364,10 @@ class IdealDenoiser(FiniteData, ExactDenoiser):
         """The denoiser of one class; raises ValueError for a label that no item has."""
         rows = None if self.labels is None else (self.labels == label).nonzero().flatten()
         if rows is None or not len(rows):
-            known = None if self.labels is None else sorted(set(self.labels.tolist()))
-            raise ValueError(f"label: got {label}, expected one of {known}")
+            raise ValueError(f"label: got {label}, expected one of {None if self.labels is None else self.labels.unique().tolist()}")
         return IdealDenoiser(self.data[rows.to(self.data.device)], self.labels[rows], self.std, self.chunk)
 
-# %% ../nbs/03_oracle.ipynb #e91babfc
+# %% ../nbs/03_oracle.ipynb #b6763417
 def check_axis(axis: Tensor) -> float:
     """Width of the cells whose centres `axis` (n,) holds; raises ValueError unless it rises in equal steps."""
     check_shape("axis", axis, "n")
@@ -395,6 +377,14 @@ def check_axis(axis: Tensor) -> float:
     return gaps.mean().item()
 
 
+def grid_moments(density: Tensor, axis: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (2,) and covariance (2, 2) of a density (n, n) on the grid of `axis`, each cell's mass at its centre."""
+    check_shape("density", density, "n n", n=len(axis))
+    points, mass = torch.cartesian_prod(axis, axis).to(density), density.flatten() / density.sum()
+    mean = mass @ points
+    return mean, einsum(mass, points - mean, points - mean, "n, n i, n j -> i j")
+
+# %% ../nbs/03_oracle.ipynb #e91babfc
 def tilted_density(mixture: GaussianMixture, label: int, guidance_scale: float, axis: Tensor, acp: float = 1.0) -> Tensor:
     """p(x_t) p(y | x_t)^s on the square grid of `axis` (n,), at noise level `acp` (1: clean data), (n, n) summing to one.
 
@@ -426,11 +416,3 @@ def noise_density(density: Tensor, axis: Tensor, acp: float) -> Tensor:
     kernel = torch.exp(-(axis[:, None] - acp**0.5 * axis).square() / (2 * (1 - acp))).to(density)
     noised = kernel @ density @ kernel.T
     return noised / noised.sum()
-
-# %% ../nbs/03_oracle.ipynb #b6763417
-def grid_moments(density: Tensor, axis: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (2,) and covariance (2, 2) of a density (n, n) on the grid of `axis`, each cell's mass at its centre."""
-    check_shape("density", density, "n n", n=len(axis))
-    points, mass = torch.cartesian_prod(axis, axis).to(density), density.flatten() / density.sum()
-    mean = mass @ points
-    return mean, einsum(mass, points - mean, points - mean, "n, n i, n j -> i j")

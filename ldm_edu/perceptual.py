@@ -88,7 +88,7 @@ def vgg_perceptual(vgg_weights: str | Path | Mapping, lpips_weights: str | Path 
         raise ValueError(f"vgg_weights: got other weights than torchvision's VGG16, expected its convolutions ({err})") from err
     return PerceptualDistance(trunk, [heads[name].flatten() for name in names], "LPIPS, VGG16")
 
-
+# %% ../nbs/97_perceptual.ipynb #13299ff5
 def download_vgg_perceptual() -> PerceptualDistance:
     """`vgg_perceptual` by torch.hub's cache: fetches 528 MB once, checks hashes; the only function here that uses the network."""
     from torchvision.models import VGG16_Weights  # a second of import time that nobody else needs
@@ -110,7 +110,7 @@ def _blur(x: Tensor, grade: int, generator=None) -> Tensor:
     rows = F.conv2d(F.pad(x, (6, 6, 6, 6), mode="reflect"), kernel, groups=3)
     return F.conv2d(rows, kernel.mT, groups=3)
 
-
+# %% ../nbs/97_perceptual.ipynb #c7725150
 def _shift(x: Tensor, grade: int, generator=None) -> Tensor:
     return F.pad(x, (0, grade, 0, 0), mode="replicate")[..., grade:]
 
@@ -124,7 +124,7 @@ def _contrast(x: Tensor, grade: int, generator=None) -> Tensor:
     mean = x.mean((1, 2, 3), keepdim=True)
     return mean + _CONTRAST[grade - 1] * (x - mean)
 
-
+# %% ../nbs/97_perceptual.ipynb #10625876
 DISTORTIONS: dict[str, Callable] = {  # (pictures, grade 1...GRADES, generator) -> pictures; graded by our own eyes at 32 pixels
     "blur": _blur,
     "noise": lambda x, grade, generator=None: x + _NOISE[grade - 1] * randn(x.shape, generator, x.device, x.dtype),
@@ -154,7 +154,7 @@ def distortion_table(pictures: Tensor, measure: Callable[[Tensor, Tensor], Tenso
     return torch.stack([torch.stack([measure(pictures, distort(pictures, kind, grade, generator)) for grade in range(1, GRADES + 1)])
                         for kind in DISTORTIONS])
 
-
+# %% ../nbs/97_perceptual.ipynb #5ca668c1
 def ranked_pairs() -> dict[str, Tensor]:
     """Pairs (n, 2) of rows of a flattened (kinds * GRADES) table, weaker first: "within" one kind, and "across" two kinds.
 
@@ -196,7 +196,7 @@ class PerceptualTraining(Config):
 
 PERCEPTUAL_CONFIG = FeatureConfig(widths=(24, 48, 80, 112))  # 333 thousand numbers, 0.7 MB in half precision
 
-
+# %% ../nbs/97_perceptual.ipynb #5f0a800e
 def _real_batch(pictures, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Pictures and labels of these rows."""
     items = pictures.__getitems__(rows.tolist())
@@ -264,7 +264,7 @@ def rank_weights(gaps: Tensor, steps: int, lr: float) -> Tensor:
     weights = logs.detach().exp()
     return weights / weights.mean()
 
-
+# %% ../nbs/97_perceptual.ipynb #ad2d6cbb
 def train_perceptual(pictures=None, config: FeatureConfig | None = None, training: PerceptualTraining | None = None,
                      callback: Callable[[int, float], None] | None = None) -> tuple[PerceptualDistance, dict]:
     """Train the small network and its channel weights; returns the distance and the facts for its card.
@@ -286,7 +286,7 @@ def train_perceptual(pictures=None, config: FeatureConfig | None = None, trainin
         facts["pictures"] = pictures.fingerprint()
     return PerceptualDistance(trunk.pyramid, weights, "perceptual, small"), facts
 
-
+# %% ../nbs/97_perceptual.ipynb #ca4f1b42
 def measure_perceptual(distance: PerceptualDistance, pictures: Tensor, seed: int = 1) -> dict[str, dict[str, float]]:
     """Ranking accuracies on pictures (b, 3, h, w) in [-1, 1] of the distance, of the same with unit weights, and of L2."""
     plain, l2 = PerceptualDistance(distance.pyramid), lambda x, y: (x - y).square().mean((1, 2, 3))
@@ -309,7 +309,7 @@ def save_perceptual(distance: PerceptualDistance, folder: str | Path, card: dict
     write_json(folder / "config.json", {"kind": "perceptual", "name": distance.name, **distance.network.config.to_dict()})
     return folder
 
-
+# %% ../nbs/97_perceptual.ipynb #d25e9477
 def load_perceptual(folder: str | Path | None = None) -> PerceptualDistance:
     """The shipped small distance ("scenes-perceptual"), or the one in `folder`; its `card` says how it was trained.
 

@@ -65,7 +65,7 @@ class FirstStageTask(TrainingTask):
 
     def describe(self) -> dict:
         """What this run is, for resuming only into the same."""
-        return {"task": "first-stage", "size": self.size, "model": self.stage.config.to_dict()}
+        return {"task": "first-stage", "size": self.size, "model": self.stage.config}
 
     def draw(self, ema_model: nn.Module, step: int, folder: Path) -> None:
         """Write pictures above their reconstructions."""
@@ -122,7 +122,7 @@ class AdversarialTask(FirstStageTask):
     def describe(self) -> dict:
         """What this run is, for resuming only into the same."""
         ruler = state_hash(self.perceptual) if self.perceptual is not None else None
-        return {**super().describe(), "loss": self.loss_config.to_dict(), "perceptual": ruler}
+        return {**super().describe(), "loss": self.loss_config, "perceptual": ruler}
 
     def draw(self, ema_model: nn.Module, step: int, folder: Path) -> None:
         """Write pictures above their reconstructions, and the log as curves."""
@@ -197,7 +197,7 @@ class DiffusionTask(TrainingTask):
     def describe(self) -> dict:
         """What this run is, for resuming only into the same."""
         names = ("condition_dropout", "weighting", "step_bias", "reading_steps")
-        return {"task": "diffusion", "first_stage": self.stage_hash, "model": self.ldm.config.to_dict(),
+        return {"task": "diffusion", "first_stage": self.stage_hash, "model": self.ldm.config,
                 "started_from": self.start.get("weights"), **{name: getattr(self.recipe, name) for name in names}}
 
 

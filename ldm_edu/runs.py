@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['collate_items', 'slice_batch', 'batch_rows', 'share', 'seed_globals', 'rng_states', 'restore_rng', 'kept_globals',
            'fetch_batch', 'NonFiniteLoss', 'TrainingInterrupted', 'OutOfMemory', 'explain_out_of_memory', 'StopSignals',
-           'flatten', 'check_folder', 'optimizer_tensors', 'restore_optimizer', 'due', 'RunLog', 'TrainResult',
+           'flatten', 'plain', 'check_folder', 'optimizer_tensors', 'restore_optimizer', 'due', 'RunLog', 'TrainResult',
            'StepReport']
 
 # %% ../nbs/94_runs.ipynb #52a4f38a
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import list_checkpoints
-from .core import read_json, write_text
+from .core import Config, read_json, write_text
 
 # %% ../nbs/94_runs.ipynb #85af56b3
 def collate_items(items: Sequence):
@@ -207,6 +207,21 @@ def flatten(values: Mapping, prefix: str = "") -> dict:
     return flat
 
 
+def plain(identity: Mapping) -> dict:
+    """An identity as run.json holds it: every `Config` in it as a dict."""
+    return json.loads(json.dumps(identity, default=Config.to_dict))
+
+
+def _brought_up_to_date(there, here):
+    """What an older run.json says, with the fields that its configs did not have yet at their defaults."""
+    if isinstance(here, Config) and isinstance(there, Mapping):
+        with contextlib.suppress(ValueError):  # fields that no config has any more: the comparison will show them
+            return type(here).from_dict(there).to_dict()
+    if isinstance(here, Mapping) and isinstance(there, Mapping):
+        return {key: _brought_up_to_date(value, here.get(key)) for key, value in there.items()}
+    return there
+
+
 def check_folder(out: Path, identity: Mapping, resume: bool, changeable: Sequence[str] = ()) -> None:
     """Refuse a folder that holds another run, saying in what it differs (`changeable` names fields of `config`)."""
     started = bool(list_checkpoints(out / "checkpoints"))
@@ -216,7 +231,7 @@ def check_folder(out: Path, identity: Mapping, resume: bool, changeable: Sequenc
         if started:
             raise ValueError(f"out: {out} holds checkpoints but no run.json, so nothing says whose they are; use another folder")
         return
-    there, here = flatten(read_json(out / "run.json")), flatten(identity)
+    there, here = flatten(_brought_up_to_date(read_json(out / "run.json"), identity)), flatten(plain(identity))
     free = {f"config.{name}" for name in changeable}
     keys = [k for k in sorted({*there, *here} - free) if there.get(k) != here.get(k)]
     if keys:

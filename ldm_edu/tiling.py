@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .autoencoder import DiagonalGaussian, PointLatent, SpatialAttention
-from .core import check_images, check_shape
+from .autoencoder import DiagonalGaussian, PointLatent, SpatialAttention, check_picture
+from .core import check_shape
 
 # %% ../nbs/97_tiling.ipynb #1eeacda9
 @dataclass(frozen=True)
@@ -215,17 +215,12 @@ def tiled_encode(stage: nn.Module, x: Tensor, tile: int = 64, overlap: int = 24,
     tile, overlap: latent cells, so a tile is `tile * f` pixels wide; layers, keys: see `Tiling`. Blends mean and log-variance.
     Raises ValueError unless h and w are multiples of f, for pixels out of range, or sizes that do not fit.
     """
-    factor = stage.downsample_factor
-    if stage.config.in_channels == 3:
-        check_images(x, "x")
-    height, width = check_shape("x", x, "b c h w", c=stage.config.in_channels).shape[2:]
-    if min(height, width) < factor or height % factor or width % factor:
-        raise ValueError(f"x: got {height} x {width} pixels, expected sides that are multiples of {factor}")
+    check_picture(stage.config, x)
     drawn = stage.config.double_z
 
     def parts(pixels: Tensor) -> Tensor:
         posterior = stage.encode(pixels)
         return torch.cat([posterior.mean, posterior.logvar], 1) if drawn else posterior.mean
 
-    out = over_tiles(stage, parts, x, factor, 1, Tiling(tile, overlap, layers, keys))
+    out = over_tiles(stage, parts, x, stage.downsample_factor, 1, Tiling(tile, overlap, layers, keys))
     return DiagonalGaussian(*out.chunk(2, 1)) if drawn else PointLatent(out)

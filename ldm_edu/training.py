@@ -16,7 +16,6 @@ What a network learns is a `TrainingTask`'s business; this module knows steps, r
 import contextlib
 import copy
 import functools
-import json
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +36,7 @@ from .checkpoint import load_checkpoint, newest_checkpoint, plain_tensors, rotat
 from .core import Config, check_choice, check_shape, default_device, derive_seed, write_json
 from ldm_edu.runs import (
     NonFiniteLoss, OutOfMemory, RunLog, StepReport, StopSignals, TrainingInterrupted, TrainResult, batch_rows, check_folder, due,
-    explain_out_of_memory, fetch_batch, kept_globals, optimizer_tensors, restore_optimizer, restore_rng, rng_states,
+    explain_out_of_memory, fetch_batch, kept_globals, optimizer_tensors, plain, restore_optimizer, restore_rng, rng_states,
     seed_globals, share, slice_batch,
 )
 
@@ -113,7 +112,7 @@ class TrainingTask:
         """Called once before training, on each process: move frozen parts to `device`, estimate what the data decides."""
 
     def describe(self) -> dict:
-        """JSON identity of the run: two runs may share a folder only if these are equal."""
+        """Identity of the run in JSON and `Config`s: two runs may share a folder only if these are equal."""
         return {"task": type(self).__name__}
 
     def parameter_groups(self) -> list[dict]:
@@ -470,7 +469,7 @@ def run_identity(task: TrainingTask, dataset, config: TrainConfig) -> dict:
         raise ValueError("flip: got True, expected False: the data set is not flip_safe (captions, boxes or cached latents "
                          "would not follow the mirror)")
     data = {"items": len(dataset), "fingerprint": dataset.fingerprint() if hasattr(dataset, "fingerprint") else None}
-    return json.loads(json.dumps({"task": task.describe(), "dataset": data, "config": config.to_dict()}))
+    return {"task": task.describe(), "dataset": data, "config": config}
 
 
 def start_run(task: TrainingTask, dataset, config: TrainConfig, out: Path, validation, resume: bool) -> Run:
@@ -494,7 +493,7 @@ def start_run(task: TrainingTask, dataset, config: TrainConfig, out: Path, valid
         task.validation_batch = send_to_device(batch, accelerator.device)
     restore(run)
     if accelerator.is_main_process:
-        write_json(out / "run.json", identity)
+        write_json(out / "run.json", plain(identity))
     return run
 
 # %% ../nbs/08_training.ipynb #72b23091
@@ -531,7 +530,7 @@ def export(run: Run) -> None:
     if run.accelerator.is_main_process:
         recent = run.losses[-100:]
         info = {"step": run.step, "loss": sum(recent) / len(recent), "seconds": round(run.seconds, 1),
-                "task": run.task.describe(), "config": run.config.to_dict()}
+                "task": plain(run.task.describe()), "config": run.config.to_dict()}
         run.task.export(run.out / "model", run.ema.model.state_dict(), info)
     run.accelerator.wait_for_everyone()
 

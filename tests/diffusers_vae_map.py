@@ -37,35 +37,27 @@ def to_reference(model: AutoencoderKL | AutoencoderVQ) -> dict[str, torch.Tensor
     return result
 
 
+def architecture(config: AutoencoderConfig) -> dict:
+    """What both reference classes are told of a first stage's architecture."""
+    kinds = [2**i in config.attention_levels for i in range(len(config.ch_mult))]
+    return {
+        "in_channels": config.in_channels,
+        "out_channels": config.in_channels,
+        "latent_channels": config.z_channels,
+        "block_out_channels": config.widths,
+        "layers_per_block": config.num_res_blocks,
+        "norm_num_groups": config.num_groups,
+        "mid_block_add_attention": config.mid_attention,
+        "down_block_types": tuple("AttnDownEncoderBlock2D" if k else "DownEncoderBlock2D" for k in kinds),
+        "up_block_types": tuple("AttnUpDecoderBlock2D" if k else "UpDecoderBlock2D" for k in reversed(kinds)),
+    }
+
+
 def make_reference(config: AutoencoderConfig) -> Reference:
     """diffusers' model of the same architecture, freshly initialised."""
-    kinds = [2**i in config.attention_levels for i in range(len(config.ch_mult))]
-    return Reference(
-        in_channels=config.in_channels,
-        out_channels=config.in_channels,
-        latent_channels=config.z_channels,
-        block_out_channels=config.widths,
-        layers_per_block=config.num_res_blocks,
-        norm_num_groups=config.num_groups,
-        mid_block_add_attention=config.mid_attention,
-        down_block_types=tuple("AttnDownEncoderBlock2D" if k else "DownEncoderBlock2D" for k in kinds),
-        up_block_types=tuple("AttnUpDecoderBlock2D" if k else "UpDecoderBlock2D" for k in reversed(kinds)),
-    )
+    return Reference(**architecture(config))
 
 
 def make_vq_reference(config: AutoencoderConfig, **options) -> VQReference:
     """diffusers' VQ model of the same architecture, freshly initialised; `to_reference` maps its weights too."""
-    kinds = [2**i in config.attention_levels for i in range(len(config.ch_mult))]
-    return VQReference(
-        in_channels=config.in_channels,
-        out_channels=config.in_channels,
-        latent_channels=config.z_channels,
-        num_vq_embeddings=config.codes,
-        block_out_channels=config.widths,
-        layers_per_block=config.num_res_blocks,
-        norm_num_groups=config.num_groups,
-        mid_block_add_attention=config.mid_attention,
-        down_block_types=tuple("AttnDownEncoderBlock2D" if k else "DownEncoderBlock2D" for k in kinds),
-        up_block_types=tuple("AttnUpDecoderBlock2D" if k else "UpDecoderBlock2D" for k in reversed(kinds)),
-        **options,
-    )
+    return VQReference(**architecture(config), num_vq_embeddings=config.codes, **options)

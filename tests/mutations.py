@@ -387,6 +387,26 @@ MUTATIONS = (
        "randn(self.mean.shape, generator,", "randn(self.mean.shape, None,", "test_autoencoder.py::test_sample_does_not_depend_on_the_batch"),
     _m(21, "2M SDE uses the first picture's generator for all", "solvers.dpmpp_2m_sde",
        "randn(x_t.shape, generator,", "randn(x_t.shape, generator[0] if generator else None,", "test_samplers.py::test_alone_equals_batch"),
+    # editing: the faults above where pictures are edited
+    _m(1, "an edit scales its noise by 1 - alphas_cumprod", "editing.noised_to",
+       "math.sqrt(1 - acp) * noise", "(1 - acp) * noise", "test_editing.py::test_sdedit_of_a_gaussian_is_noise_and_exact_flow"),
+    _m(1, "going back up, RePaint scales its noise by a variance", "editing.repaint",
+       "math.sqrt(1 - ratio) * randn", "(1 - ratio) * randn", "test_editing.py::test_known_parts_stand_at_the_right_level_at_every_step"),
+    _m(4, "a guide pushes eps away from its wish", "editing.SteeredDenoiser.__call__",
+       "seen.eps - math.sqrt(1 - acp) * push", "seen.eps + math.sqrt(1 - acp) * push",
+       "test_editing.py::test_the_exact_classifier_turns_the_whole_into_the_class"),
+    _m(6, "an edit's number of steps is cut off instead of rounded", "editing.last_timesteps",
+       "-max(1, round(strength * steps))", "-max(1, int(strength * steps))", "test_editing.py::test_a_strength_keeps_its_share_of_the_steps"),
+    _m(14, "a guide decodes scaled latents as they are", "editing.unclipped_decode",
+       "latents.to(space.device) / space.config.scale_factor", "latents.to(space.device)",
+       "test_editing.py::test_decoding_without_clipping_is_decoding"),
+    _m(21, "RePaint uses the first picture's generator for all", "editing._down",
+       "randn(x_t.shape, generator,", "randn(x_t.shape, generator[0] if generator else None,", "test_editing.py::test_repaint_alone_equals_batch"),
+    _m(22, "the mask is turned round: what is known is drawn anew", "editing.check_mask",
+       "mask.bool()", "~mask.bool()", "test_editing.py::test_what_is_known_stays_bit_for_bit_and_what_is_not_is_new"),
+    _m(22, "the last paste keeps the hole and replaces what is known", "editing.inpaint",
+       "torch.where(hole, filled.to(images), images)", "torch.where(hole, images, filled.to(images))",
+       "test_editing.py::test_inpainting_keeps_every_known_pixel_and_never_looks_under_the_mask"),
 )
 
 

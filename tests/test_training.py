@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from ldm_edu.checkpoint import (
     save_checkpoint,
     state_hash,
 )
+from ldm_edu.core import Config
 from ldm_edu.runs import collate_items, seed_globals, slice_batch
 from ldm_edu.training import (
     EMA,
@@ -433,6 +435,30 @@ def test_foreign_folder_is_refused_with_the_differing_keys(tmp_path):
         go(tmp_path, resume=False)
     (tmp_path / "run.json").unlink()
     with pytest.raises(ValueError, match="no run.json"):
+        go(tmp_path)
+
+
+def test_a_run_of_an_older_version_goes_on_without_the_fields_that_came_later(tmp_path):
+    @dataclass(frozen=True)
+    class Shape(Config):
+        width: int = 32
+        extra: str = "none"  # came later
+
+    task = toy.CircleTask()
+    task.describe = lambda: {"task": "circle", "model": Shape()}
+    go(tmp_path, task=task, stop_after=5)
+    identity = json.loads((tmp_path / "run.json").read_text())
+    assert identity["task"]["model"] == {"width": 32, "extra": "none"} and identity["config"]["compile"] is False
+    del identity["task"]["model"]["extra"], identity["config"]["compile"]
+    (tmp_path / "run.json").write_text(json.dumps(identity))
+    go(tmp_path, task=task, stop_after=7)
+    assert json.loads((tmp_path / "run.json").read_text())["task"]["model"]["extra"] == "none", "the fields are written from now on"
+    task.describe = lambda: {"task": "circle", "model": Shape(extra="much")}
+    with pytest.raises(ValueError, match="task.model.extra: 'none' there, 'much' here"):
+        go(tmp_path, task=task)
+    identity["config"]["gone"] = 1
+    (tmp_path / "run.json").write_text(json.dumps(identity))
+    with pytest.raises(ValueError, match="config.gone: 1 there, None here"):
         go(tmp_path)
 
 

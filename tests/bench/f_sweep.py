@@ -2,15 +2,19 @@
 
 `python tests/bench/f_sweep.py --out runs/f-sweep` trains on Scenes of 64 pixels, each first stage and each diffusion model for
 the same number of seconds, and writes `f-sweep.json`; what is finished is not trained again, so a run that was cut goes on.
-Lesson 14b reads the copy in data/sweeps. Run it on an idle machine: seconds are turned into steps by the speed of the first ones.
+Lesson 14b reads the copy in data/sweeps. Seconds are turned into steps by speeds measured at the start, all in one go and kept:
+start it on an idle machine; what else runs later changes how long the sweep takes, and not what comes out of it.
 """
 import argparse
+import functools
 import json
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from ldm_edu.autoencoder import AutoencoderConfig
 from ldm_edu.core import default_device, write_json
@@ -19,7 +23,15 @@ from ldm_edu.features import scenes_extractor
 from ldm_edu.grader import grade
 from ldm_edu.metrics import FeatureStatistics, fid_interval, psnr
 from ldm_edu.quantize import IdentityStage
-from ldm_edu.recipes import DiffusionRecipe, FirstStageRecipe, code_version, machine, train_autoencoder, train_diffusion
+from ldm_edu.recipes import (
+    DiffusionRecipe,
+    FirstStageRecipe,
+    code_version,
+    machine,
+    train_autoencoder,
+    train_diffusion,
+    write_picture,
+)
 from ldm_edu.training import TrainConfig
 
 # f: (channels of a latent as in the paper's KL stages, ch_mult of the first stage, changes of the UNet "text-tiny")
@@ -46,46 +58,64 @@ class Clock:
     @property
     def seconds_per_step(self) -> float:
         """Median over all but the first five."""
-        gaps = torch.tensor(self.times[5:]).diff()
+        gaps = torch.tensor(self.times[5:], dtype=torch.float64).diff()
         return gaps.median().item()
 
 
-def steps_for(seconds: float, train) -> tuple[int, float]:
-    """How many steps fit into `seconds`, and the seconds of one; `train(out, steps, callbacks)` runs a few to see."""
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as folder:
-        train(folder, 25, [clock])
-    return max(50, int(seconds / clock.seconds_per_step)), clock.seconds_per_step
+def stage_steps(f: int, args) -> int:
+    """How many steps of the first stage fit into its seconds."""
+    speed = json.loads((Path(args.out) / f"f{f}" / "speed.json").read_text())
+    return int(args.stage_seconds / speed["stage"]) if f > 1 else 0
 
 
-def make_stage(f: int, args, data, out: Path):
-    """The first stage of one f, trained for `args.stage_seconds` (identity at f = 1), and what to write down of it."""
+def train_stage(f: int, args, data, out, steps: int, callbacks=()):
+    """The first stage of one f: identity at f = 1, else a KL stage trained on pixels alone."""
     z, mult, _ = SIZES[f]
     if f == 1:
-        return IdentityStage(AutoencoderConfig(3, 32, (1,), double_z=False)), {"steps": 0, "seconds_per_step": 0.0}
+        return IdentityStage(AutoencoderConfig(3, 32, (1,), double_z=False))
     config = AutoencoderConfig(z, 16, mult, 1, (), False, num_groups=2, pixel_loss="l2", kl_weight=1e-4)
+    return train_autoencoder(data, FirstStageRecipe(config, STAGE), out, steps=steps, seed=args.seed, callbacks=callbacks, progress=False)
 
-    def train(folder, steps, callbacks=()):
-        return train_autoencoder(data, FirstStageRecipe(config, STAGE), folder, steps=steps, seed=args.seed, callbacks=callbacks, progress=False)
 
-    steps, each = remembered(out / "stage-steps.json", lambda: steps_for(args.stage_seconds, train))
-    return train(out / "stage", steps), {"steps": steps, "seconds_per_step": each}
+def unet_changes(f: int) -> dict:
+    """In what the UNet of one f differs from "text-tiny"."""
+    return {"num_groups": 8, "head_dim": 32, **SIZES[f][2]}
+
+
+def train_model(f: int, args, data, stage, out, steps: int, callbacks=()):
+    """The diffusion model of one f on the latents of `stage`."""
+    recipe = DiffusionRecipe("text-tiny", "text", train=DIFFUSION)
+    return train_diffusion(data, stage, recipe, out, unet=unet_changes(f), steps=steps, seed=args.seed, callbacks=callbacks, progress=False)
+
+
+def measure_speed(f: int, args) -> dict:
+    """Seconds of a training step of both stages, and pictures drawn a second, by a few steps of untrained networks."""
+    few, clocks = Scenes(args.size, n=512, objects=(1, 1), fields=("image", "caption")), (Clock(), Clock())
+    with tempfile.TemporaryDirectory() as folder:
+        stage = train_stage(f, args, few, Path(folder) / "stage", 25, [clocks[0]]).to(default_device()).eval()
+        model = train_model(f, args, few, stage, Path(folder) / "model", 25, [clocks[1]])
+    start = time.perf_counter()
+    model.sample(make_prompts(32, seed=0, kind="single"), steps=20, seed=0)
+    drawn = 32 / (time.perf_counter() - start)
+    return {"stage": clocks[0].seconds_per_step if f > 1 else 0.0, "diffusion": clocks[1].seconds_per_step, "pictures_per_second": drawn}
 
 
 def remembered(path: Path, measure):
-    """What `measure` returned the first time: a run that goes on keeps its number of steps."""
+    """What `measure` returned the first time: a run that goes on keeps its speeds and so its number of steps."""
     if not path.exists():
         write_json(path, measure())
     return json.loads(path.read_text())
 
 
 @torch.no_grad()
-def reconstruction(stage, data) -> float:
-    """Mean PSNR of unseen pictures (infinite at f = 1, written as None)."""
-    x = torch.stack([data[i]["image"] for i in range(len(data))])
+def measure_stage(f: int, args, data, held_out, reference, spectrum) -> dict:
+    """What the first stage alone loses on unseen pictures: PSNR (None at f = 1, where nothing is lost), Frechet distance, spectrum."""
+    stage = train_stage(f, args, data, Path(args.out) / f"f{f}" / "stage", stage_steps(f, args)).to(default_device()).eval()
+    x = held_out.render(range(len(held_out)))["image"]
     y = torch.cat([stage.decode(stage.encode(part).mode()).clamp(-1, 1) for part in x.split(32)])
-    value = psnr(y, x).mean().item()
-    return round(value, 2) if value < 200 else None
+    interval = fid_interval(scenes_extractor()(y), reference, generator=torch.Generator().manual_seed(0))
+    return {"psnr": round(psnr(y, x).mean().item(), 2) if f > 1 else None, "frechet": [round(v, 3) for v in interval],
+            "spectrum_gap_db": round((log_spectrum(y) - spectrum).abs().mean().item(), 2)}
 
 
 def log_spectrum(images) -> torch.Tensor:
@@ -94,37 +124,28 @@ def log_spectrum(images) -> torch.Tensor:
 
 
 def measure(model, args, reference, spectrum) -> dict:
-    """Frechet distance with its interval, distance of the log spectra, grader accuracy, pictures drawn a second."""
+    """Frechet distance with its interval, distance of the log spectra, grader accuracy."""
     prompts = make_prompts(args.prompts, seed=0, kind="single")
-    start = time.perf_counter()
     images = model.sample(prompts, steps=20, seed=1000)
-    seconds = time.perf_counter() - start
-    features = scenes_extractor()(images)
-    interval = fid_interval(features, reference, generator=torch.Generator().manual_seed(0))
+    write_picture(Path(args.out) / f"f{model.config.first_stage.downsample_factor}" / "samples.png", images[:16])
+    interval = fid_interval(scenes_extractor()(images), reference, generator=torch.Generator().manual_seed(0))
     grades = grade(images, prompts).summary()
     gap = (log_spectrum(images) - spectrum).abs().mean().item()
     return {"frechet": [round(v, 3) for v in interval], "spectrum_gap_db": round(gap, 2),
-            "pictures_per_second": round(len(prompts) / seconds, 2),
             "grades": {k: grades[k] for k in ("colour", "shape", "pair")}}
 
 
-def run_one(f: int, args, data, held_out, reference, spectrum) -> dict:
+def run_one(f: int, args, data, speed, reference, spectrum) -> dict:
     """Everything of one f."""
     out = Path(args.out) / f"f{f}"
-    out.mkdir(parents=True, exist_ok=True)
-    stage, told = make_stage(f, args, data, out)
-    stage = stage.to(default_device()).eval()
-    recipe = DiffusionRecipe("text-tiny", "text", train=DIFFUSION)
-    changes = {"num_groups": 8, "head_dim": 32, **SIZES[f][2]}
-
-    def train(folder, steps, callbacks=()):
-        return train_diffusion(data, stage, recipe, folder, unet=changes, steps=steps, seed=args.seed, callbacks=callbacks, progress=False)
-
-    steps, each = remembered(out / "steps.json", lambda: steps_for(args.seconds, train))
-    model = train(out / "diffusion", steps)
+    steps = {"stage": stage_steps(f, args), "diffusion": int(args.seconds / speed["diffusion"])}
+    stage = train_stage(f, args, data, out / "stage", steps["stage"]).to(default_device()).eval()
+    model = train_model(f, args, data, stage, out / "diffusion", steps["diffusion"])
     count = sum(p.numel() for p in model.net.unet.parameters())
-    return {"f": f, "z_channels": SIZES[f][0], "stage": told, "psnr": reconstruction(stage, held_out), "steps": steps,
-            "seconds_per_step": round(each, 4), "pictures_trained_per_second": round(DIFFUSION.batch_size / each, 1),
+    return {"f": f, "z_channels": SIZES[f][0], "steps": steps,
+            "seconds_per_step": {k: round(speed[k], 4) for k in ("stage", "diffusion")},
+            "pictures_trained_per_second": round(DIFFUSION.batch_size / speed["diffusion"], 1),
+            "pictures_drawn_per_second": round(speed["pictures_per_second"], 2),
             "unet_parameters": count, **measure(model, args, reference, spectrum)}
 
 
@@ -132,8 +153,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="runs/f-sweep")
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=480, help="of diffusion training, each f")
-    parser.add_argument("--stage-seconds", type=float, default=180, help="of first-stage training, each f")
+    parser.add_argument("--seconds", type=float, default=360, help="of diffusion training, each f")
+    parser.add_argument("--stage-seconds", type=float, default=150, help="of first-stage training, each f")
     parser.add_argument("--scenes", type=int, default=6000)
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
@@ -141,18 +162,24 @@ def main() -> None:
     args = parser.parse_args()
     fields = ("image", "caption")
     data = Scenes(args.size, n=args.scenes, objects=(1, 1), fields=fields, seed=args.seed)
-    held_out = Scenes(args.size, n=64, objects=(1, 1), split="validation", fields=fields, seed=args.seed)
+    held_out = Scenes(args.size, n=args.prompts, objects=(1, 1), split="validation", fields=fields, seed=args.seed)
     unseen = Scenes(args.size, n=1024, objects=(1, 1), split="test", fields=("image",), seed=args.seed)
     extractor = scenes_extractor()
     reference = FeatureStatistics(torch.cat([extractor(unseen.render(range(i, i + 128))["image"]) for i in range(0, 1024, 128)]))
-    spectrum, rows = log_spectrum(unseen.render(range(1024))["image"]), []
+    spectrum = log_spectrum(unseen.render(range(1024))["image"])
+    out, rows = Path(args.out), []
     for f in args.factors:
-        path = Path(args.out) / f"f{f}" / "result.json"
-        if not path.exists():
-            write_json(path, run_one(f, args, data, held_out, reference, spectrum))
-        rows.append(json.loads(path.read_text()))
+        (out / f"f{f}").mkdir(parents=True, exist_ok=True)
+    speeds = {f: remembered(out / f"f{f}" / "speed.json", functools.partial(measure_speed, f, args)) for f in args.factors}
+    for f in args.factors:
+        run = functools.partial(run_one, f, args, data, speeds[f], reference, spectrum)
+        drawn = remembered(out / f"f{f}" / "result.json", run)
+        alone = remembered(out / f"f{f}" / "stage.json", functools.partial(measure_stage, f, args, data, held_out, reference, spectrum))
+        rows.append({**drawn, "stage": alone, "unet": unet_changes(f)})
         print(json.dumps(rows[-1]), flush=True)
-    write_json(Path(args.out) / "f-sweep.json", {"settings": vars(args), "machine": machine(), "commit": code_version(), "rows": rows})
+    sheets = [np.asarray(Image.open(out / f"f{f}" / "samples.png").convert("RGB"))[: args.size + 1] for f in args.factors]
+    Image.fromarray(np.concatenate(sheets)).save(out / "f-sweep.jpg", quality=92, subsampling=0)
+    write_json(out / "f-sweep.json", {"settings": vars(args), "machine": machine(), "commit": code_version(), "rows": rows})
 
 
 if __name__ == "__main__":
