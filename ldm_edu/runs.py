@@ -15,6 +15,7 @@ Nothing here knows networks, noise or schedules; `training` puts the pieces toge
 """
 import contextlib
 import json
+import math
 import random
 import signal
 import threading
@@ -222,6 +223,12 @@ def _brought_up_to_date(there, here):
     return there
 
 
+def _same(there, here) -> bool:
+    """Whether two settings are equal, fractions to nine digits."""
+    both = isinstance(there, float) and isinstance(here, float)
+    return math.isclose(there, here, rel_tol=1e-9) if both else there == here
+
+
 def check_folder(out: Path, identity: Mapping, resume: bool, changeable: Sequence[str] = ()) -> None:
     """Refuse a folder that holds another run, saying in what it differs (`changeable` names fields of `config`)."""
     started = bool(list_checkpoints(out / "checkpoints"))
@@ -233,7 +240,7 @@ def check_folder(out: Path, identity: Mapping, resume: bool, changeable: Sequenc
         return
     there, here = flatten(_brought_up_to_date(read_json(out / "run.json"), identity)), flatten(plain(identity))
     free = {f"config.{name}" for name in changeable}
-    keys = [k for k in sorted({*there, *here} - free) if there.get(k) != here.get(k)]
+    keys = [k for k in sorted({*there, *here} - free) if not _same(there.get(k), here.get(k))]
     if keys:
         listed = "; ".join(f"{k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in keys)
         raise ValueError(f"out: {out} holds another run ({listed}); use another folder or the same settings")

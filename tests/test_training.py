@@ -438,6 +438,16 @@ def test_foreign_folder_is_refused_with_the_differing_keys(tmp_path):
         go(tmp_path)
 
 
+def test_last_digits_of_a_measured_number_are_no_other_run(tmp_path):
+    task = toy.CircleTask()
+    for scale in (1.0140108352929862, 1.0140108352929684):  # of one data set, summed by one thread and by two
+        task.describe = lambda scale=scale: {"task": "circle", "scale_factor": scale}
+        go(tmp_path, task=task, stop_after=5)
+    task.describe = lambda: {"task": "circle", "scale_factor": 1.01402}
+    with pytest.raises(ValueError, match="task.scale_factor: 1.01401.* there, 1.01402 here"):
+        go(tmp_path, task=task)
+
+
 def test_a_run_of_an_older_version_goes_on_without_the_fields_that_came_later(tmp_path):
     @dataclass(frozen=True)
     class Shape(Config):
