@@ -32,7 +32,7 @@ GALLERY = ("a red circle", "a blue square", "a large yellow star", "a green ring
 
 @dataclass(frozen=True)
 class Demo:
-    """Train a small text-to-image model from nothing in about ten minutes, grade it, and write a report."""
+    """Train a small text-to-image model from nothing in about twelve minutes, grade it, and write a report."""
 
     out: Path = Path("runs/demo")  # folder of both trainings and the report
     scenes: int = 12_000  # pictures to train on, one object each
