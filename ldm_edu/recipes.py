@@ -487,7 +487,7 @@ DIFFUSIONS = {
     "text-relations": DiffusionRecipe("text-tiny", "text", step_bias=1.6, reading_steps=400,
                                       train=_LATENT_UNET.replace(steps=5_500, lr=5e-4, warmup_steps=100)),
     "class-tiny": DiffusionRecipe("text-tiny", "class", train=_LATENT_UNET),
-    "layout-tiny": DiffusionRecipe("layout-tiny", "layout", train=_LATENT_UNET),
+    "layout-tiny": DiffusionRecipe("layout-tiny", "layout", step_bias=1.6, train=_LATENT_UNET.replace(steps=9_000)),
     "semantic-tiny": DiffusionRecipe("semantic-tiny", "semantic", guidance_scale=2.0, train=_LATENT_UNET),
     "unconditional-tiny": DiffusionRecipe("tiny", "none", guidance_scale=1.0, train=_LATENT_UNET),
 }
