@@ -238,6 +238,9 @@ def _fetch(latents: LatentDataset, indices: Sequence[int], flips: Sequence[bool]
     values = torch.from_numpy(latents._latents[indices, views].astype(np.float32))
     batch = dict(zip(("mean", "std"), values.unbind(1), strict=False))
     batch |= {k: torch.from_numpy(np.array(a[indices])) for k, a in latents._fields.items()}
+    picture = latents.info["image_key"]
+    if picture in batch:
+        batch[picture] = batch[picture] / 127.5 - 1
     return batch | {k: [texts[i] for i in indices] for k, texts in latents._texts.items()}
 
 
@@ -252,8 +255,8 @@ def moments(encoded) -> Tensor:
     return torch.stack([mean, std], dim=1)
 
 # %% ../nbs/08b_checkpoints.ipynb #3b31448f
-def field_arrays(items: Sequence[Mapping], keep: Sequence[str], flips: bool) -> tuple[dict, dict]:
-    """Split the kept fields of some items into `(arrays, texts)`.
+def field_arrays(items: Sequence[Mapping], keep: Sequence[str], flips: bool, image_key: str = "image") -> tuple[dict, dict]:
+    """Split the kept fields of some items into `(arrays, texts)`; the picture itself is kept in bytes, a quarter of its size.
 
     Raises ValueError for a missing field, and for maps and boxes beside flips, which would not be mirrored.
     """
@@ -266,6 +269,8 @@ def field_arrays(items: Sequence[Mapping], keep: Sequence[str], flips: bool) -> 
             texts[key] = values
             continue
         arrays[key] = np.stack([np.asarray(v) for v in values])
+        if key == image_key:
+            arrays[key] = ((arrays[key] + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
         if flips and arrays[key].ndim > 2:
             raise ValueError(f"keys_to_keep: {key!r} has shape {arrays[key].shape[1:]} and would not be mirrored with flips=True")
     return arrays, texts
@@ -321,7 +326,7 @@ def _encode_all(encode: Callable, dataset, final: Path, info: dict, batch_size: 
         for start in range(done, n, batch_size):
             indices = list(range(start, min(start + batch_size, n)))
             items = dataset.__getitems__(indices) if hasattr(dataset, "__getitems__") else [dataset[i] for i in indices]
-            fields, words = field_arrays(items, info["fields"], info["flips"])
+            fields, words = field_arrays(items, info["fields"], info["flips"], info["image_key"])
             latents = _encode_batch(encode, items, info["image_key"], info["flips"]).astype(info["dtype"])
             _store(part, arrays, {"latents": latents} | {f"field-{k}": a for k, a in fields.items()}, start, n)
             texts |= {k: texts.get(k, [])[:start] + values for k, values in words.items()}

@@ -17,7 +17,7 @@ import contextlib
 import difflib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -310,6 +310,18 @@ class Conditioner(nn.Module):
     def from_prompts(self, prompts: Sequence) -> Condition:
         """Check and translate a list of prompts in one go."""
         return self(self.prepare(prompts))
+
+    def complete(self, batch: Mapping, encode: Callable[[Tensor], Tensor] | None = None, rng=None) -> Mapping:
+        """The batch with what `forward` still lacks, as it is by default. Before training steps and before sampling.
+
+        The place to encode pictures with `encode`, (b, 3, h, w) in [-1, 1] to scaled latents, and to draw what differs from one
+        training step to the next, from its `rng` (None when sampling).
+        """
+        return batch
+
+    def finish(self, images: Tensor, batch: Mapping) -> Tensor:
+        """Drawn pictures (b, 3, h, w), float32 on the CPU, as they are given out: as they are by default. `batch` is completed."""
+        return images
 
     def tensors(self, batch: Mapping) -> dict[str, Tensor]:
         """The tensors of fixed width that `forward` accepts in place of `batch`: compute them once, cache, and slice."""

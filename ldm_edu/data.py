@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RADII', 'MAX_OBJECTS', 'FIELDS', 'SEMANTIC_CLASSES', 'draw_layout', 'layout_objects', 'objects_layout',
-           'render_objects', 'degrade', 'Scenes', 'collate']
+           'render_objects', 'make_masks', 'degrade', 'Scenes', 'collate']
 
 # %% ../nbs/01_scenes.ipynb #f3605ddc
 """Scenes: little pictures with the truth attached: caption, class, boxes, semantic map, low-resolution pair and mask.
@@ -168,9 +168,12 @@ def _boxes(layout: Layout, width: float, height: float) -> tuple[np.ndarray, np.
     return boxes.astype(np.float32), np.where(real, layout.shape * len(COLOURS) + layout.colour, -1)
 
 # %% ../nbs/01_scenes.ipynb #024e5590
-def _draw_masks(key: int, indices: np.ndarray, h: int, w: int) -> np.ndarray:
-    """(n, 1, h, w) float32: 1 where the picture is to be filled in, a box or a brush stroke of three segments."""
-    draws = counter_uniform(key, indices, 6, 16).astype(np.float32)[:, :, None, None]
+def make_masks(chances: np.ndarray, h: int, w: int) -> np.ndarray:
+    """(n, 1, h, w) float32: 1 where the picture is to be filled in, a box or a brush stroke of three segments.
+
+    chances: (n, 14) numbers in [0, 1) that decide everything.
+    """
+    draws = chances.astype(np.float32)[:, :, None, None]
     x = ((np.arange(w, dtype=np.float32) + np.float32(0.5)) / np.float32(w))[None, None, :]
     y = ((np.arange(h, dtype=np.float32) + np.float32(0.5)) / np.float32(h))[None, :, None]
     half_x, half_y = (np.float32(0.15) + np.float32(0.2) * draws[:, i] for i in (1, 2))
@@ -245,7 +248,7 @@ def _render(scenes: "Scenes", indices: np.ndarray) -> dict:
     if "low_res" in wanted:
         out["low_res"] = degrade(out["image"])
     if "mask" in wanted:
-        out["mask"] = torch.from_numpy(_draw_masks(key, indices, h, w))
+        out["mask"] = torch.from_numpy(make_masks(counter_uniform(key, indices, 6, 14), h, w))
     out["label"], out["n_objects"] = torch.from_numpy(layout.shape[:, 0].copy()), torch.from_numpy(layout.count)
     return {field: out[field] for field in FIELDS if field in wanted}
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['prompt_denoiser', 'SteeredDenoiser', 'classifier_guided', 'ClassifierConfig', 'NoisyClassifier', 'half_square',
-           'image_guided', 'unclipped_decode', 'low_pass_loss', 'check_mask', 'blank', 'masked_loss', 'colour_loss',
-           'last_timesteps', 'widen', 'noised_to', 'sdedit', 'repaint_path', 'repaint', 'latent_mask', 'inpaint',
-           'edit_by_inversion', 'slerp', 'blend_conditions']
+           'image_guided', 'unclipped_decode', 'low_pass_loss', 'blank', 'masked_loss', 'colour_loss', 'last_timesteps',
+           'widen', 'noised_to', 'sdedit', 'repaint_path', 'repaint', 'latent_mask', 'inpaint', 'edit_by_inversion',
+           'slerp', 'blend_conditions']
 
 # %% ../nbs/15b_editing.ipynb #cee2b88c
 """Editing without training the diffusion model again: steer a walk, start it from a picture, hold a part of it, walk back up.
@@ -24,7 +24,7 @@ from einops import reduce
 from torch import Tensor, nn
 
 from .conditioning import Condition
-from .core import Config, check_choice, check_images, check_shape, randn
+from .core import Config, check_choice, check_images, check_mask, check_shape, randn
 from .ldm import LatentDiffusion, LatentSpace, encode_condition
 from .samplers import BY_LEVEL, SPACINGS, Denoiser, Prediction, SamplerState, Step, posterior_coefficients, timesteps
 from .solvers import SAMPLERS, ddim_invert
@@ -43,8 +43,8 @@ def prompt_denoiser(
 
     Raises ValueError as `LatentDiffusion.sample` does for bad prompts and counts.
     """
-    condition, count = encode_condition(model.net.conditioner, prompts, n)
-    null = model.net.conditioner.null(count) if negative is None else encode_condition(model.net.conditioner, negative, count)[0]
+    condition, count, _ = encode_condition(model.net.conditioner, prompts, n, encode=model.encode)
+    null = model.net.conditioner.null(count) if negative is None else encode_condition(model.net.conditioner, negative, count, encode=model.encode)[0]
     return model.denoiser(condition, null, guidance_scale if prompts is not None else 1.0)
 
 # %% ../nbs/15b_editing.ipynb #14205cf8
@@ -201,19 +201,6 @@ def low_pass_loss(low: Tensor) -> Callable[[Tensor], Tensor]:
     return loss
 
 # %% ../nbs/15b_editing.ipynb #a9f9717b
-def check_mask(mask: Tensor, like: Tensor) -> Tensor:
-    """`mask` (b or 1, 1, h, w) as bool, True where something new is to come, if it fits `like` (b, c, h, w).
-
-    Raises ValueError for another shape, or numbers other than 0 and 1.
-    """
-    check_shape("mask", mask, "b 1 h w", h=like.shape[-2], w=like.shape[-1])
-    if len(mask) not in (1, len(like)):
-        raise ValueError(f"mask: got {len(mask)} masks, expected {len(like)}, one per image, or 1 for all")
-    if not ((mask == 0) | (mask == 1)).all():
-        raise ValueError("mask: got numbers other than 0 and 1, expected 1 where something new is to come, 0 elsewhere")
-    return mask.bool().to(like.device)
-
-
 def blank(images: Tensor, mask: Tensor) -> Tensor:
     """images (b, 3, h, w) with each picture's mean colour outside the mask put inside it; grey where the mask is full."""
     hole = check_mask(mask, images)

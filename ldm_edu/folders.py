@@ -6,7 +6,7 @@
 __all__ = ['UPRIGHT', 'FORMATS', 'SUFFIXES', 'CACHE_BYTES', 'TORCHVISION', 'resize_image', 'to_rgb', 'read_image', 'find_images',
            'file_key', 'verify_images', 'refuse', 'class_folders', 'caption_from_name', 'read_table', 'read_captions',
            'as_size', 'ByteCache', 'Pictures', 'ImageFolder', 'from_torchvision', 'Part', 'train_validation_split',
-           'make_buckets', 'nearest_bucket', 'BucketedBatches']
+           'WithField', 'make_buckets', 'nearest_bucket', 'BucketedBatches']
 
 # %% ../nbs/01c_folders.ipynb #5d450ae8
 """Your own pictures as training data: folders with classes or captions, torchvision's data sets, buckets of sizes.
@@ -382,6 +382,35 @@ def train_validation_split(dataset, fraction: float = 0.1, seed: int = 0) -> tup
     n = min(max(1, round(len(dataset) * fraction)), len(dataset) - 1)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(derive_seed("split", seed))).tolist()
     return Part(dataset, sorted(order[n:])), Part(dataset, sorted(order[:n]))
+
+# %% ../nbs/01c_folders.ipynb #5d0c3a12
+class WithField(Dataset):
+    """The items of `dataset` with one more field, `make(item, index)`; `mark` tells different makers apart in the fingerprint."""
+
+    flip_safe = False  # the field would not be mirrored
+
+    def __init__(self, dataset, field: str, make: Callable, mark: str):
+        self.dataset, self.field, self.make, self.mark = dataset, field, make, mark
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        indices = [index % len(self) if -len(self) <= index < len(self) else index for index in indices]
+        items = self.dataset.__getitems__(indices) if hasattr(self.dataset, "__getitems__") else [self.dataset[i] for i in indices]
+        return [{**item, self.field: self.make(item, index)} for item, index in zip(items, indices)]
+
+    @property
+    def captions(self):
+        """Those of `dataset`, if it has any."""
+        return getattr(self.dataset, "captions", None)
+
+    def fingerprint(self) -> str:
+        """Hash of the data set's fingerprint, the field and the mark."""
+        return hashlib.sha256(json.dumps([self.dataset.fingerprint(), self.field, self.mark]).encode()).hexdigest()
 
 # %% ../nbs/01c_folders.ipynb #0eab9882
 def make_buckets(size: int = 256, step: int = 32, max_aspect: float = 2.0) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ It adds to the contract of `conditioning` and holds no diffusion. Whether pictur
 """
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -322,12 +322,16 @@ class JointConfig(Config):
     parts: tuple[dict, ...]  # what each part's `to_dict` gives; their names must differ
 
 
+def _silent(drop: Tensor | None) -> bool:
+    """Whether a part says nothing in any row (looks on the CPU only)."""
+    return drop is not None and drop.device.type == "cpu" and bool(drop.all())
+
+
 def _speak(part: Conditioner, batch: Mapping, drop: Tensor | None) -> Condition:
     """A part's condition, its null in the rows of `drop`; a part that says nothing at all needs no entries in the batch."""
     if drop is None:
         return part(batch)
-    check_shape("drop", drop, "b")
-    if drop.device.type == "cpu" and drop.all():
+    if _silent(check_shape("drop", drop, "b")):
         return part.null(len(drop))
     return part(batch).select(~drop, part.null(len(drop)))
 
@@ -379,6 +383,21 @@ class JointConditioner(Conditioner):
 
     def tensors(self, batch: Mapping) -> dict[str, Tensor]:
         return {key: value for part in self.parts.values() for key, value in part.tensors(batch).items()}
+
+    def complete(self, batch: Mapping, encode: Callable[[Tensor], Tensor] | None = None, rng=None) -> Mapping:
+        for name, part in self.parts.items():
+            if not _silent(batch.get(f"drop_{name}")):
+                batch = part.complete(batch, encode, rng)
+        return batch
+
+    def finish(self, images: Tensor, batch: Mapping) -> Tensor:
+        for name, part in self.parts.items():
+            drop = batch.get(f"drop_{name}")
+            if drop is None:
+                images = part.finish(images, batch)
+            elif not _silent(drop):
+                images = torch.where(drop[: len(images), None, None, None].to(images.device), images, part.finish(images, batch))
+        return images
 
     def prepare(self, prompts: Sequence) -> dict:
         """Check one mapping per picture, each part by its own rules; raises ValueError naming the prompt and the unknown part."""

@@ -27,13 +27,15 @@ from .autoencoder import AutoencoderConfig
 from .conditioning import Condition, Conditioner, make_conditioner
 from .core import Config, atomic_path, check_images, check_shape, make_generators, read_json, write_json
 from .guidance import GuidedModel
-from .layout import JointConditioner  # importing `layout` registers its conditioners
+from .inpainting import InpaintConditioner  # importing these three modules registers their conditioners
+from .layout import JointConditioner
 from .objective import PREDICTIONS
 from .quantize import make_first_stage
 from .samplers import Denoiser
 from .samplers import sample as run_sampler
 from .schedule import ScheduleConfig, schedule_from_config
 from .solvers import SAMPLERS  # importing `solvers` puts every sampler into the registry
+from .superres import LowResConditioner
 from .unet import UNet, UNetConfig
 
 # %% ../nbs/14_ldm.ipynb #d658349d
@@ -126,25 +128,28 @@ class ConditionalUNet(nn.Module):
         return self.denoise(x_t, t, condition)
 
 # %% ../nbs/14_ldm.ipynb #b7d1700f
-def encode_condition(conditioner: Conditioner, prompts, n: int | None = None, batch: Mapping | None = None) -> tuple[Condition, int]:
-    """The encoded condition and its number of rows: of `prompts`, of a training `batch`, or the null one `n` times.
+def encode_condition(conditioner: Conditioner, prompts, n: int | None = None, batch: Mapping | None = None,
+                     encode: Callable[[Tensor], Tensor] | None = None) -> tuple[Condition, int, Mapping]:
+    """The encoded condition, its number of rows and its completed batch: of `prompts`, of a training `batch`, or the null one `n` times.
 
-    One prompt is repeated `n` times. Raises ValueError when the counts disagree.
+    One prompt is repeated `n` times. `encode`: images to scaled latents, for conditions that are pictures. Raises ValueError when the counts disagree.
     """
     if prompts is not None and batch is not None:
         raise ValueError("got prompts and a batch, expected one of them")
     if n is not None and (isinstance(n, bool) or n < 1):
         raise ValueError(f"n: got {n}, expected at least 1 image")
     if batch is not None:
+        batch = conditioner.complete(batch, encode)
         condition = conditioner(batch)
-        return condition, n or len(condition)
+        return condition, n or len(condition), batch
     if prompts is None:
-        return conditioner.null(n or 1), n or 1
+        return conditioner.null(n or 1), n or 1, {}
     prompts = [prompts] if isinstance(prompts, (str, int, Mapping)) else list(prompts)
     prompts = prompts * n if n is not None and len(prompts) == 1 else prompts
     if n is not None and len(prompts) != n:
         raise ValueError(f"n: got {n} images for {len(prompts)} prompts, expected one prompt per image, or one for all")
-    return conditioner(conditioner.prepare(prompts)), len(prompts)
+    batch = conditioner.complete(conditioner.prepare(prompts), encode)
+    return conditioner(batch), len(prompts), batch
 
 # %% ../nbs/14_ldm.ipynb #40a10729
 def asked_size(config: LDMConfig, condition: Condition, size):
@@ -222,13 +227,16 @@ class LatentDiffusion(LatentSpace):
         Raises ValueError for bad prompts, sizes, steps, sampler names and counts, saying what was expected.
         """
         with evaluating(self):
-            condition, count = encode_condition(self.net.conditioner, prompts, n, batch)
-            null = self.net.conditioner.null(count) if negative is None else encode_condition(self.net.conditioner, negative, count)[0]
+            read = self.net.conditioner
+            condition, count, given = encode_condition(read, prompts, n, batch, self.encode)
+            null = read.null(count) if negative is None else encode_condition(read, negative, count, encode=self.encode)[0]
             asked = len(condition) > 0 and not (prompts is None and batch is None and negative is None)
             scale = (self.config.guidance_scale if guidance_scale is None else guidance_scale) if asked else 1.0
             denoiser_of = lambda i, j: self.denoiser(condition.rows(i, j), null.rows(i, j), scale, guidance_rescale, guidance_interval)
-            return draw_latents(denoiser_of, latent_shape(self.config, asked_size(self.config, condition, size)), make_generators(seed, count), batch_size, steps,
-                                sampler, self.decode if decode else lambda z: z, device=self.device, **options)
+            shape = latent_shape(self.config, asked_size(self.config, condition, size))
+            drawn = draw_latents(denoiser_of, shape, make_generators(seed, count), batch_size, steps,
+                                 sampler, self.decode if decode else lambda z: z, device=self.device, **options)
+            return read.finish(drawn, given) if decode and given else drawn
 
 # %% ../nbs/14_ldm.ipynb #4fc99da0
 def build(config: LDMConfig) -> LatentDiffusion:

@@ -31,6 +31,7 @@ from .autoencoder import AUTOENCODERS, AutoencoderConfig, LatentStatistics, firs
 from .checkpoint import cache_latents, newest_checkpoint, state_hash
 from .conditioning import CONDITIONERS, ClassConfig, ClassConditioner, NoCondition, TextConditioner, TextConfig, train_tokenizer
 from .core import Config, check_choice, default_device
+from .inpainting import InpaintConditioner, InpaintConfig
 from .layout import JointConditioner, LayoutConditioner, LayoutConfig, SemanticConditioner, SemanticConfig
 from .ldm import ConditionalUNet, LatentDiffusion, LDMConfig, build, save
 from .losses import AdversarialConfig, AdversarialStage, discriminator_loss, generator_loss
@@ -40,6 +41,7 @@ from .quantize import make_first_stage
 from .reading import learn_to_read
 from .runs import fetch_batch
 from .schedule import ScheduleConfig
+from .superres import LowResConditioner, LowResConfig
 from .training import TrainConfig, TrainingTask, train
 from .unet import UNETS, UNet, UNetConfig
 from .viz import figure_png, plot_curves, png_bytes, to_grid
@@ -170,7 +172,9 @@ class DiffusionTask(TrainingTask):
         z = (mean + std * rng.normal(shape, "posterior")) * self.ldm.config.scale_factor
         t = draw_steps(rng, self.ldm.schedule.T, self.recipe.step_bias)
         drop = rng.uniform("drop") < self.recipe.condition_dropout
-        batch = {**batch, **{key: rng.uniform(key) < self.recipe.condition_dropout for key in self.ldm.net.conditioner.drops}}
+        conditioner = self.ldm.net.conditioner
+        batch = conditioner.complete(batch, self.ldm.encode, rng)
+        batch = {**batch, **{key: rng.uniform(key) < self.recipe.condition_dropout for key in conditioner.drops}}
         loss = diffusion_loss(lambda x_t, t: model(x_t, t, batch, drop), z, self.ldm.schedule.to(z.device), t,
                               rng.normal(shape, "eps"), prediction=self.ldm.config.prediction,
                               weighting=self.recipe.weighting)
@@ -226,7 +230,7 @@ class DiffusionRecipe(Config):
     """A conditioned UNet, its objective, and how to train it."""
 
     unet: str = "text-tiny"  # name in UNETS; channels and condition sizes are filled in from the rest
-    conditioner: str = "text"  # none, class, text, layout, semantic, or several: text+layout
+    conditioner: str = "text"  # none, class, text, layout, semantic, superres, inpaint, or several: text+layout
     pooled: bool = True  # add the condition's vector to the time embedding too, beside cross-attention (learns sooner)
     prediction: str = "v"  # eps, x0 or v
     weighting: str = "simple"  # see objective.loss_weights
@@ -282,7 +286,7 @@ def train_diffusion(data, first_stage: nn.Module, recipe: str | DiffusionRecipe 
                     start_from: LatentDiffusion | None = None, **train_options) -> LatentDiffusion:
     """Train a latent diffusion model on the latents of `first_stage` and return it (EMA weights), saved in `out`.
 
-    `data`: a data set whose items hold `image` and what the conditioner reads (`caption`, `label`, `boxes` and `box_labels`, `semantic`).
+    `data`: a data set whose items hold `image` and what the conditioner reads (`caption`, `label`, `boxes` and `box_labels`, `semantic`, `low_res`, `mask`).
     The latents are computed once, into `out`/latents; the scale factor is 1 / their standard deviation.
     `conditioner`: your own `Conditioner`, in place of the recipe's. `start_from`: a model of the same first stage whose
     weights, architecture and scale factor to go on from (it is trained in place). A run that was interrupted goes on where it stopped.
@@ -296,7 +300,7 @@ def train_diffusion(data, first_stage: nn.Module, recipe: str | DiffusionRecipe 
     if start_from is not None:
         conditioner = start_from.net.conditioner
     conditioner = conditioner or default_conditioner(recipe.conditioner, data, UNETS[recipe.unet].context_dim, recipe.pooled,
-                                                     first_stage.config.downsample_factor)
+                                                     first_stage.config)
     stage_hash = state_hash(first_stage)
     encode = functools.partial(_moments, first_stage.eval())
     cache = functools.partial(cache_latents, encode, folder=Path(out) / "latents", key=stage_hash, keys_to_keep=conditioner.keys,
@@ -322,16 +326,20 @@ def _moments(first_stage: nn.Module, images: Tensor):
     return first_stage.encode(images.to(next(first_stage.parameters()).device))
 
 
-def default_conditioner(name: str, data, width: int | None, pooled: bool = False, downsample_factor: int = 4):
-    """The recipe's conditioner, fitted to the data: names of classes and boxes, or a vocabulary from its captions.
+def default_conditioner(name: str, data, width: int | None, pooled: bool = False, stage: AutoencoderConfig | None = None):
+    """The recipe's conditioner, fitted to the data: names of classes and boxes, a vocabulary from its captions, by how much pictures are enlarged.
 
-    Several names joined by "+" make a JointConditioner. `downsample_factor`: of the first stage, for maps.
+    Several names joined by "+" make a JointConditioner. `stage`: of the first stage, beside whose latents maps are laid; the small one of the recipes by default.
     """
+    stage = stage or _TINY_STAGE
+    f = stage.downsample_factor
     makers = {
         "none": NoCondition, "text": lambda: _text_conditioner(data, width, pooled),
         "class": lambda: ClassConditioner(ClassConfig(len(names := data_names(data, "class_names")), names, width=width, pooled=pooled)),
         "layout": lambda: LayoutConditioner(LayoutConfig(data_names(data, "box_names"), width=width, pooled=pooled)),
-        "semantic": lambda: SemanticConditioner(SemanticConfig(len(data_names(data, "semantic_names")), downsample_factor)),
+        "semantic": lambda: SemanticConditioner(SemanticConfig(len(data_names(data, "semantic_names")), f)),
+        "superres": lambda: LowResConditioner(LowResConfig(_enlarged(data[0]), f, width=width or 64)),
+        "inpaint": lambda: InpaintConditioner(InpaintConfig(stage.z_channels, f)),
     }
     parts = [makers[check_choice("conditioner", part, makers)]() for part in name.split("+")]
     return parts[0] if len(parts) == 1 else JointConditioner.of(*parts)
@@ -352,6 +360,13 @@ def data_names(data, field: str) -> tuple[str, ...]:
         what = {"class_names": "classes (one folder per class)", "box_names": "labelled boxes", "semantic_names": "semantic maps"}[field]
         raise ValueError(f"data: got no {field}, expected a data set with {what}")
     return names
+
+
+def _enlarged(item: Mapping) -> int:
+    """By how much a picture of this item is larger than its `low_res`; raises ValueError."""
+    if "low_res" not in item:
+        raise ValueError(f"data: got items with {', '.join(item)}, expected `low_res` among them: superres.low_res_pairs(data) makes them")
+    return item["image"].shape[-1] // item["low_res"].shape[-1]
 
 
 def _text_conditioner(data, width: int, pooled: bool) -> TextConditioner:
@@ -488,6 +503,11 @@ DIFFUSIONS = {
                                       train=_LATENT_UNET.replace(steps=5_500, lr=5e-4, warmup_steps=100)),
     "class-tiny": DiffusionRecipe("text-tiny", "class", train=_LATENT_UNET),
     "layout-tiny": DiffusionRecipe("layout-tiny", "layout", step_bias=1.6, train=_LATENT_UNET.replace(steps=9_000)),
-    "semantic-tiny": DiffusionRecipe("semantic-tiny", "semantic", guidance_scale=2.0, train=_LATENT_UNET),
+    "semantic-tiny": DiffusionRecipe("concat-tiny", "semantic", guidance_scale=2.0, train=_LATENT_UNET),
+    "superres-tiny": DiffusionRecipe("concat-tiny", "superres", guidance_scale=1.0, train=_LATENT_UNET.replace(steps=6_000)),
+    # regression by the same network: always from pure noise, straight to the mean of all answers
+    "superres-regression-tiny": DiffusionRecipe("concat-tiny", "superres", prediction="x0", condition_dropout=0.0, step_bias=1e9,
+                                                guidance_scale=1.0, train=_LATENT_UNET.replace(steps=6_000)),
+    "inpaint-tiny": DiffusionRecipe("concat-tiny", "inpaint", guidance_scale=1.0, train=_LATENT_UNET.replace(steps=8_000)),
     "unconditional-tiny": DiffusionRecipe("tiny", "none", guidance_scale=1.0, train=_LATENT_UNET),
 }

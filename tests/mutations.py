@@ -402,7 +402,7 @@ MUTATIONS = (
        "test_editing.py::test_decoding_without_clipping_is_decoding"),
     _m(21, "RePaint uses the first picture's generator for all", "editing._down",
        "randn(x_t.shape, generator,", "randn(x_t.shape, generator[0] if generator else None,", "test_editing.py::test_repaint_alone_equals_batch"),
-    _m(22, "the mask is turned round: what is known is drawn anew", "editing.check_mask",
+    _m(22, "the mask is turned round: what is known is drawn anew", "core.check_mask",
        "mask.bool()", "~mask.bool()", "test_editing.py::test_what_is_known_stays_bit_for_bit_and_what_is_not_is_new"),
     _m(22, "the last paste keeps the hole and replaces what is known", "editing.inpaint",
        "torch.where(hole, filled.to(images), images)", "torch.where(hole, images, filled.to(images))",

@@ -11,7 +11,7 @@ from ldm_edu import editing as E
 from ldm_edu import ldm as L
 from ldm_edu.autoencoder import AutoencoderConfig
 from ldm_edu.conditioning import ClassConditioner, ClassConfig, Condition
-from ldm_edu.core import make_generators
+from ldm_edu.core import check_mask, make_generators
 from ldm_edu.data import Scenes
 from ldm_edu.oracle import GaussianMixture, gaussian_flow
 from ldm_edu.samplers import SAMPLERS, Denoiser, Prediction, ddim, sample, timesteps
@@ -309,7 +309,7 @@ def test_colour_loss_sees_what_is_inside_the_mask():
 ])
 def test_bad_masks(mask, message):
     x = normal(2, 3, 4, 4)
-    for use in (lambda: E.check_mask(mask, x), lambda: E.masked_loss(x, mask), lambda: E.repaint(toy(), x, mask, 3)):
+    for use in (lambda: check_mask(mask, x), lambda: E.masked_loss(x, mask), lambda: E.repaint(toy(), x, mask, 3)):
         with pytest.raises(ValueError) as caught:
             use()
         assert message in str(caught.value)
@@ -318,7 +318,7 @@ def test_bad_masks(mask, message):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int64, torch.uint8])
 def test_masks_of_every_dtype(dtype):
     mask = (normal(2, 1, 4, 4) > 0).to(dtype)
-    assert torch.equal(E.check_mask(mask, normal(2, 3, 4, 4)), mask.bool())
+    assert torch.equal(check_mask(mask, normal(2, 3, 4, 4)), mask.bool())
 
 
 @pytest.mark.parametrize("f", [1, 2, 4])

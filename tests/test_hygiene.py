@@ -15,7 +15,7 @@ LIBRARY = ROOT / "ldm_edu"
 LEVELS = {
     0: "core drawing captions data schedule folders viz checkpoint runs",
     1: "objective attention samplers solvers guidance grader oracle features metrics",
-    2: "unet autoencoder quantize tiling losses perceptual conditioning layout placement evaluation",
+    2: "unet autoencoder quantize tiling losses perceptual conditioning layout superres inpainting placement evaluation",
     3: "ldm training reading editing",
     4: "recipes",
     5: "demo",

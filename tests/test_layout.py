@@ -631,7 +631,7 @@ def test_default_conditioners_fit_the_data():
     data = Scenes(n=50, fields=("image", "caption", "boxes", "box_labels", "semantic"))
     made = default_conditioner("layout", data, 64, True)
     assert made.config.label_names == NAMES and made.config.width == 64 and made.config.pooled
-    made = default_conditioner("semantic", Part(data, range(5)), None, downsample_factor=8)
+    made = default_conditioner("semantic", Part(data, range(5)), None, stage=AutoencoderConfig(ch_mult=(1, 1, 1, 1)))
     assert made.config.n_classes == SEMANTIC_CLASSES and made.config.downsample_factor == 8
     both = default_conditioner("text+semantic", data, 64)
     assert list(both.parts) == ["text", "semantic"] and both.context_dim == 64
