@@ -191,10 +191,14 @@ def evaluation_table(results: Mapping) -> str:
 
 
 def _placement_rows(results: Mapping) -> list[tuple]:
-    """The table's rows about boxes and maps."""
+    """The table's rows about boxes, maps, enlarged and filled pictures."""
     names = {"layout": {"iou": "layout: mean IoU of boxes", "label": "layout: right labels", "surplus": "layout: surplus objects a picture"},
-             "semantic": {"miou": "semantic map: mIoU", "pixels": "semantic map: right pixels"}}
-    found = [(label, results[kind][name], results[kind]["n"]) for kind, labels in names.items() if kind in results for name, label in labels.items()]
+             "semantic": {"miou": "semantic map: mIoU", "pixels": "semantic map: right pixels"},
+             "superres": {"psnr": "enlarged: PSNR against the truth (dB)", "consistency": "enlarged: PSNR made small again (dB)"},
+             "inpaint": {"known": "filled: known pixels kept", "psnr": "filled: PSNR inside the holes (dB)",
+                         "objects_kept": "filled: partly hidden objects shown again"}}
+    found = [(label, results[kind][name], results[kind]["n"]) for kind, labels in names.items() if kind in results for name, label in labels.items()
+             if name in results[kind]]
     return [(label, f"{v['value']:.3f}", _span((v["low"], v["high"])), n, "") for label, v, n in found]
 
 

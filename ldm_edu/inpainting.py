@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['with_masks', 'fresh_masks', 'hide', 'mask_shares', 'InpaintConfig', 'InpaintConditioner', 'outpaint',
-           'fill_diversity']
+           'fill_diversity', 'grade_filled']
 
 # %% ../nbs/19_inpainting.ipynb #00ed64cd
 """Inpainting: a picture with a hole laid beside the latents, masks to train with, and known pixels that come back bit for bit.
@@ -25,6 +25,7 @@ from .core import Config, check_images, check_mask, check_shape, derive_seed
 from .data import make_masks
 from .drawing import counter_uniform
 from .folders import WithField
+from .metrics import bootstrap
 
 # %% ../nbs/19_inpainting.ipynb #528911fd
 def _masked(item: Mapping, index: int, key: int) -> Tensor:
@@ -145,3 +146,12 @@ def fill_diversity(fills: Tensor, mask: Tensor) -> float:
         raise ValueError(f"fills: got {len(fills)} of a hole of {int(hole.sum())} pixels, expected at least 2 of at least 1 pixel")
     inside = fills.double().masked_select(hole.expand_as(fills)).reshape(len(fills), -1)
     return (2 * inside.var(0, unbiased=True)).mean().sqrt().item()
+
+
+def grade_filled(images: Tensor, truth: Tensor, mask: Tensor, seed: int = 0) -> dict:
+    """Share of known values kept bit for bit, and PSNR inside the holes in dB, each {value, low, high} with a bootstrap over pictures."""
+    hole = check_mask(mask, images).expand_as(images)
+    kept = ((images == truth) | hole).double().mean((1, 2, 3))
+    error = ((images - truth).double().square() * hole).sum((1, 2, 3)) / hole.sum((1, 2, 3)).clamp(min=1)
+    interval = lambda values: bootstrap(values, generator=torch.Generator().manual_seed(seed))._asdict()
+    return {"n": len(images), "known": interval(kept), "psnr": interval(10 * (4 / error.clamp(min=1e-12)).log10())}

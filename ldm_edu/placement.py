@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['box_iou', 'read_boxes', 'match_boxes', 'layout_rows', 'grade_layouts', 'read_maps', 'map_rows', 'mean_iou',
-           'grade_maps']
+           'grade_maps', 'fill_rows', 'grade_fills']
 
 # %% ../nbs/98_placement.ipynb #ac6f8935
 """Does a picture keep to its boxes and its map? The grader reads both back; intersection over union compares.
@@ -147,3 +147,30 @@ def grade_maps(images: Tensor, maps: Tensor, seed: int = 0) -> dict:
     rows = map_rows(maps, read_maps(images))
     right = lambda r: (r[:, 0].sum() / r[:, 2].sum()).item()
     return {"n": len(rows), "classes": int((rows[:, 2].sum(0) > 0).sum()), "miou": _interval(rows, mean_iou, seed), "pixels": _interval(rows, right, seed)}
+
+# %% ../nbs/98_placement.ipynb #7b1f0c02
+def fill_rows(images: Tensor, boxes: Tensor, labels: Tensor, maps: Tensor, mask: Tensor, hidden: tuple[float, float] = (0.1, 0.6)) -> Tensor:
+    """Per picture (n, 2) float64: objects that `mask` hides by a share within `hidden` and that the filled picture shows again, and all such.
+
+    boxes, labels and maps (n, h, w) of the whole pictures as in Scenes; mask (n, 1, h, w), 1 where they were filled in.
+    """
+    check_shape("maps", maps, "n h w", n=len(images)), check_shape("mask", mask, "n 1 h w", n=len(images), h=maps.shape[1], w=maps.shape[2])
+    rows = []
+    for (found, names), wanted, kinds, classes, hole in zip(read_boxes(images), boxes.cpu().float(), labels.cpu(), maps.cpu(), mask.cpu()[:, 0]):
+        seen = [hole[classes == 1 + kind].double().mean().item() if kind >= 0 else float("nan") for kind in kinds]
+        cut = [j for j, share in enumerate(seen) if hidden[0] <= share <= hidden[1]]
+        again = (names == kinds[cut][:, None]) & (box_iou(wanted[cut], found) >= 0.5)
+        rows.append([int(again.any(1).sum()), len(cut)])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def grade_fills(images: Tensor, boxes: Tensor, labels: Tensor, maps: Tensor, mask: Tensor, seed: int = 0) -> dict:
+    """Share of partly hidden objects that filled pictures show again, {value, low, high} with a bootstrap over pictures.
+
+    Arguments as for `fill_rows`. Raises ValueError where no object is partly hidden.
+    """
+    rows = fill_rows(images, boxes, labels, maps, mask)
+    if not rows[:, 1].sum() > 0:
+        raise ValueError(f"mask: got {len(rows)} pictures without a partly hidden object, expected at least one")
+    share = lambda r: (r[:, 0].sum() / r[:, 1].sum().clamp(min=1)).item()
+    return {"n": len(rows), "objects": int(rows[:, 1].sum()), "objects_kept": _interval(rows, share, seed)}

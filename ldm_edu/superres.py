@@ -12,11 +12,14 @@ __all__ = ['DEGRADATIONS', 'degrade_bicubic', 'degrade_bsr', 'low_res_pairs', 'L
 Nothing here diffuses: the conditioner lays the small picture beside the latents and says how noisy it is.
 """
 import functools
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tv
 
@@ -26,6 +29,7 @@ from .data import degrade
 from .folders import WithField
 from .metrics import bootstrap, psnr
 from .unet import timestep_embedding
+from .viz import to_pil
 
 # %% ../nbs/18_superres.ipynb #4ace5766
 def _blur(x: Tensor, sigma: float) -> Tensor:
@@ -34,8 +38,10 @@ def _blur(x: Tensor, sigma: float) -> Tensor:
 
 
 def _jpeg(x: Tensor, quality: int) -> Tensor:
-    """What JPEG at this quality leaves of pictures in [-1, 1]."""
-    return tv.jpeg(((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), quality) / 127.5 - 1
+    """What JPEG at this quality leaves of one picture (1, 3, h, w) in [-1, 1]."""
+    file = io.BytesIO()
+    to_pil(x[0]).save(file, "JPEG", quality=quality)
+    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)[None] / 127.5 - 1
 
 
 def _degrade_one(x: Tensor, factor: int, generator: torch.Generator) -> Tensor:

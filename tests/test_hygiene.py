@@ -16,7 +16,7 @@ LEVELS = {
     0: "core drawing captions data schedule folders viz checkpoint runs",
     1: "objective attention samplers solvers guidance grader oracle features metrics",
     2: "unet autoencoder quantize tiling losses perceptual conditioning layout superres inpainting placement evaluation",
-    3: "ldm training reading editing",
+    3: "ldm training reading editing asking",
     4: "recipes",
     5: "demo",
     6: "cli widgets",

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from torchvision.ops import box_iou as reference_iou
 
 from ldm_edu import cli
+from ldm_edu.asking import Asked, gather_prompts, read_map
 from ldm_edu.attention import CrossAttention
 from ldm_edu.autoencoder import AutoencoderConfig
 from ldm_edu.captions import HELD_OUT_PAIRS, SceneObject
@@ -779,7 +780,7 @@ def test_sample_takes_layouts_and_maps(runs, tmp_path):
 
 
 def test_the_three_forms_of_a_map_are_one(runs):
-    maps = [cli.read_map(runs / name) for name in ("map.png", "grey.png", "map.npy")]
+    maps = [read_map(runs / name) for name in ("map.png", "grey.png", "map.npy")]
     assert all((m == maps[0]).all() and m.dtype == np.int64 for m in maps) and set(np.unique(maps[0])) == {0, 48}
 
 
@@ -820,15 +821,15 @@ def test_a_coloured_picture_is_no_map(runs, tmp_path, capsys):
 
 def test_joint_models_take_words_and_files(runs):
     model = joint()
-    asked = cli.gather_prompts(model, ("a red circle", "a green star"), runs / "asked.json", ())
+    asked = gather_prompts(model, Asked(("a red circle", "a green star"), runs / "asked.json"))
     assert [set(p) for p in asked] == [{"text", "layout"}] * 2 and asked[1]["layout"][0][0] == "blue star"
-    one = cli.gather_prompts(model, ("a red circle",), runs / "asked.json", ())
+    one = gather_prompts(model, Asked(("a red circle",), runs / "asked.json"))
     assert [p["text"] for p in one] == ["a red circle"] * 2
     with pytest.raises(ValueError, match="2 of layout for 3 pictures"):
-        cli.gather_prompts(model, ("a red circle",) * 3, runs / "asked.json", ())
-    assert cli.gather_prompts(NoCondition(), (), None, ()) == [] == cli.gather_prompts(model, (), None, ())
+        gather_prompts(model, Asked(("a red circle",) * 3, runs / "asked.json"))
+    assert gather_prompts(NoCondition(), Asked()) == [] == gather_prompts(model, Asked())
     with pytest.raises(ValueError, match="map.png: semantic|map.png: map 0: got class 48"):
-        cli.gather_prompts(model, (), None, (runs / "map.png",))
+        gather_prompts(model, Asked(maps=(runs / "map.png",)))
 
 
 def test_evaluate_measures_placement(runs, tmp_path, capsys):
