@@ -508,6 +508,6 @@ DIFFUSIONS = {
     # regression by the same network: always from pure noise, straight to the mean of all answers
     "superres-regression-tiny": DiffusionRecipe("concat-tiny", "superres", prediction="x0", condition_dropout=0.0, step_bias=1e9,
                                                 guidance_scale=1.0, train=_LATENT_UNET.replace(steps=6_000)),
-    "inpaint-tiny": DiffusionRecipe("concat-tiny", "inpaint", guidance_scale=1.0, train=_LATENT_UNET.replace(steps=8_000)),
+    "inpaint-tiny": DiffusionRecipe("concat-tiny", "inpaint", guidance_scale=1.0, train=_LATENT_UNET.replace(steps=6_000)),
     "unconditional-tiny": DiffusionRecipe("tiny", "none", guidance_scale=1.0, train=_LATENT_UNET),
 }

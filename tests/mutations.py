@@ -68,9 +68,7 @@ BUGS = {
     22: Bug("Outpainting is logged with the mask of inpainting.", "CompVis"),
 }
 
-WAITING = (
-    Waiting(22, "inpainting", ("nbs/19_inpainting.ipynb", "ldm_edu/inpainting.py")),
-)
+WAITING: tuple[Waiting, ...] = ()
 
 
 def _m(bug: int, fault: str, where: str, old: str, new: str, *tests: str) -> Mutation:
@@ -219,6 +217,11 @@ MUTATIONS = (
        "test_layout.py::test_training_drops_parts_at_the_recipes_rate_and_independently"),
     _m(12, "of several conditions those to keep are silenced", "layout._speak",
        "select(~drop,", "select(drop,", "test_layout.py::test_each_part_can_be_dropped_alone"),
+    _m(12, "a null picture to enlarge still carries the last one's noise level", "superres.LowResConditioner.null",
+       "c=self.nothing.expand(n, -1)", "c=self.level(timestep_embedding(self.nothing.new_zeros(n), self.config.width))",
+       "test_superres.py::test_null_fits_every_size_and_carries_nothing"),
+    _m(12, "the null of inpainting says that everything is known", "inpainting.InpaintConditioner.__init__",
+       "torch.ones(1)", "torch.zeros(1)", "test_inpainting.py::test_null_is_a_picture_that_is_all_hole"),
     # 13 what the network predicts
     _m(13, "every model's answer is taken for eps when x0 is wanted", "samplers.Denoiser.__call__",
        "to_x0(self.prediction, raw", 'to_x0("eps", raw', "test_samplers.py::test_kinds_alike"),
@@ -400,6 +403,14 @@ MUTATIONS = (
     _m(14, "a guide decodes scaled latents as they are", "editing.unclipped_decode",
        "latents.to(space.device) / space.config.scale_factor", "latents.to(space.device)",
        "test_editing.py::test_decoding_without_clipping_is_decoding"),
+    _m(19, "the small picture's noise is told wrongly", "superres.LowResConditioner.complete",
+       '"low_res_noise": noise}', '"low_res_noise": noise.square()}', "test_superres.py::test_noise_is_added_in_training_only_and_told"),
+    _m(19, "small pictures of the web all went through one generator", "superres.degrade_bsr",
+       "_degrade_one(x[None], factor, g)", "_degrade_one(x[None], factor, generators[0])",
+       "test_superres.py::test_bsr_depends_on_each_picture_s_generator_alone"),
+    _m(19, "pixels of one latent cell are mixed up with their neighbours'", "superres.to_latent_grid",
+       "F.pixel_unshuffle(low, r)", "low.reshape(len(low), -1, low.shape[-2] // r, low.shape[-1] // r)",
+       "test_superres.py::test_maps_come_to_the_grid_of_latents_without_loss"),
     _m(21, "RePaint uses the first picture's generator for all", "editing._down",
        "randn(x_t.shape, generator,", "randn(x_t.shape, generator[0] if generator else None,", "test_editing.py::test_repaint_alone_equals_batch"),
     _m(22, "the mask is turned round: what is known is drawn anew", "core.check_mask",
@@ -407,6 +418,19 @@ MUTATIONS = (
     _m(22, "the last paste keeps the hole and replaces what is known", "editing.inpaint",
        "torch.where(hole, filled.to(images), images)", "torch.where(hole, images, filled.to(images))",
        "test_editing.py::test_inpainting_keeps_every_known_pixel_and_never_looks_under_the_mask"),
+    _m(22, "a larger canvas comes with the mask of the picture, not of its margins", "inpainting.outpaint",
+       "F.pad(torch.zeros_like(images[:, :1]), margins, value=1.0)", "F.pad(torch.ones_like(images[:, :1]), margins, value=0.0)",
+       "test_inpainting.py::test_a_larger_canvas_asks_for_the_margins_only"),
+    _m(22, "the condition shows what lies in the hole and hides the rest", "inpainting.hide",
+       "images * ~check_mask(mask, images)", "images * check_mask(mask, images)",
+       "test_inpainting.py::test_hidden_pixels_are_grey_and_no_other_changes"),
+    _m(22, "known pixels are replaced and the hole is kept", "inpainting.InpaintConditioner.finish",
+       "images, images, known)", "images, known, images)", "test_inpainting.py::test_known_pixels_come_back_bit_for_bit"),
+    _m(22, "training sees each picture's one mask for ever", "inpainting.InpaintConditioner.complete",
+       "if rng is None else fresh_masks(rng, *images.shape[-2:])", "if True else rng", "test_inpainting.py::test_training_draws_masks_and_sampling_keeps_them"),
+    _m(22, "who asks for words alone gets another's known pixels", "layout.JointConditioner.finish",
+       "images, part.finish(images, batch))", "part.finish(images, batch), part.finish(images, batch))",
+       "test_inpainting.py::test_words_and_a_hole_together"),
 )
 
 
