@@ -336,6 +336,25 @@ def _speak(part: Conditioner, batch: Mapping, drop: Tensor | None) -> Condition:
     return part(batch).select(~drop, part.null(len(drop)))
 
 
+def _complete(parts: Mapping, batch: Mapping, encode, rng) -> Mapping:
+    """The batch, completed by every part that says something."""
+    for name, part in parts.items():
+        if not _silent(batch.get(f"drop_{name}")):
+            batch = part.complete(batch, encode, rng)
+    return batch
+
+
+def _finish(parts: Mapping, images: Tensor, batch: Mapping) -> Tensor:
+    """Pictures, finished by every part, but not in the rows in which it says nothing."""
+    for name, part in parts.items():
+        drop = batch.get(f"drop_{name}")
+        if drop is None:
+            images = part.finish(images, batch)
+        elif not _silent(drop):
+            images = torch.where(drop[: len(images), None, None, None].to(images.device), images, part.finish(images, batch))
+    return images
+
+# %% ../nbs/17_layout_semantic.ipynb #17c80001
 def _check_mapping(joint: Conditioner, i: int, prompt) -> dict:
     """One prompt without the parts that are None; raises ValueError."""
     known = ", ".join(joint.parts)
@@ -385,19 +404,10 @@ class JointConditioner(Conditioner):
         return {key: value for part in self.parts.values() for key, value in part.tensors(batch).items()}
 
     def complete(self, batch: Mapping, encode: Callable[[Tensor], Tensor] | None = None, rng=None) -> Mapping:
-        for name, part in self.parts.items():
-            if not _silent(batch.get(f"drop_{name}")):
-                batch = part.complete(batch, encode, rng)
-        return batch
+        return _complete(self.parts, batch, encode, rng)
 
     def finish(self, images: Tensor, batch: Mapping) -> Tensor:
-        for name, part in self.parts.items():
-            drop = batch.get(f"drop_{name}")
-            if drop is None:
-                images = part.finish(images, batch)
-            elif not _silent(drop):
-                images = torch.where(drop[: len(images), None, None, None].to(images.device), images, part.finish(images, batch))
-        return images
+        return _finish(self.parts, images, batch)
 
     def prepare(self, prompts: Sequence) -> dict:
         """Check one mapping per picture, each part by its own rules; raises ValueError naming the prompt and the unknown part."""

@@ -185,7 +185,7 @@ def evaluating(module: nn.Module):
     finally:
         module.train(was_training)
 
-# %% ../nbs/14_ldm.ipynb #659d9654
+# %% ../nbs/14_ldm.ipynb #14e10001
 def tell_training(card: Mapping) -> str:
     """A card's trainings in words, the oldest first: steps, batch size, minutes, hardware."""
     if "steps" not in card:
@@ -194,7 +194,7 @@ def tell_training(card: Mapping) -> str:
     own = f"{card['steps']:,} steps of {card['batch_size']} in {card['minutes']} minutes on {card['hardware']}"
     return ", then ".join([*before, own])
 
-
+# %% ../nbs/14_ldm.ipynb #659d9654
 class LatentDiffusion(LatentSpace):
     """Diffusion in the latent space of a frozen first stage [Rombach et al. 2022, Sec. 3]."""
 

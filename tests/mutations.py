@@ -428,7 +428,7 @@ MUTATIONS = (
        "images, images, known)", "images, known, images)", "test_inpainting.py::test_known_pixels_come_back_bit_for_bit"),
     _m(22, "training sees each picture's one mask for ever", "inpainting.InpaintConditioner.complete",
        "if rng is None else fresh_masks(rng, *images.shape[-2:])", "if True else rng", "test_inpainting.py::test_training_draws_masks_and_sampling_keeps_them"),
-    _m(22, "who asks for words alone gets another's known pixels", "layout.JointConditioner.finish",
+    _m(22, "who asks for words alone gets another's known pixels", "layout._finish",
        "images, part.finish(images, batch))", "part.finish(images, batch), part.finish(images, batch))",
        "test_inpainting.py::test_words_and_a_hole_together"),
 )
