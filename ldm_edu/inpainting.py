@@ -80,7 +80,7 @@ def _check_pair(i: int, pair) -> tuple[Tensor, Tensor]:
 
 # %% ../nbs/19_inpainting.ipynb #ab2a573a
 class InpaintConditioner(Conditioner):
-    """The latents of a picture with a hole, and the hole, laid beside the latents [LDM section 4.5]. The null condition is a picture that is all hole.
+    """The latents of a picture with a hole, and the hole, laid beside the latents [LDM section 4.5]. The null condition is zero latents and a mask of ones.
 
     Batches bring `image` (b, 3, h, w) in [-1, 1] and `mask` (b, 1, h, w), 1 where something new is to come; training draws new masks
     at every step. `finish` puts what is known back, bit for bit.

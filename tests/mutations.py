@@ -425,7 +425,7 @@ MUTATIONS = (
        "images * ~check_mask(mask, images)", "images * check_mask(mask, images)",
        "test_inpainting.py::test_hidden_pixels_are_grey_and_no_other_changes"),
     _m(22, "known pixels are replaced and the hole is kept", "inpainting.InpaintConditioner.finish",
-       "images, images, known)", "images, known, images)", "test_inpainting.py::test_known_pixels_come_back_bit_for_bit"),
+       "images), images, known)", "images), known, images)", "test_inpainting.py::test_known_pixels_come_back_bit_for_bit"),
     _m(22, "training sees each picture's one mask for ever", "inpainting.InpaintConditioner.complete",
        "if rng is None else fresh_masks(rng, *images.shape[-2:])", "if True else rng", "test_inpainting.py::test_training_draws_masks_and_sampling_keeps_them"),
     _m(22, "who asks for words alone gets another's known pixels", "layout._finish",
