@@ -14,6 +14,8 @@ _WHERE = {
     "AutoencoderVQ": "quantize", "IdentityStage": "quantize", "make_first_stage": "quantize",
     "AutoencoderKL": "autoencoder", "AutoencoderConfig": "autoencoder", "UNet": "unet", "UNetConfig": "unet",
     "Conditioner": "conditioning", "Condition": "conditioning", "TextConditioner": "conditioning", "ClassConditioner": "conditioning",
+    "LayoutConditioner": "layout", "SemanticConditioner": "layout", "JointConditioner": "layout",
+    "LowResConditioner": "superres", "low_res_pairs": "superres", "InpaintConditioner": "inpainting", "with_masks": "inpainting", "outpaint": "inpainting",
     "make_schedule": "schedule", "grade": "grader", "train_autoencoder": "recipes", "train_diffusion": "recipes",
     "classifier_guided": "editing", "image_guided": "editing", "sdedit": "editing", "repaint": "editing", "inpaint": "editing",
     "edit_by_inversion": "editing", "slerp": "editing", "blend_conditions": "editing", "prompt_denoiser": "editing",

@@ -184,7 +184,10 @@ def consistency(images: Tensor, low: Tensor) -> Tensor:
 
 
 def back_project(images: Tensor, low: Tensor, rounds: int = 20) -> Tensor:
-    """Images (b, 3, h, w) changed as little as that takes until, made small, they are `low` [Irani and Peleg 1991]: what is missing, enlarged, is added."""
+    """Images (b, 3, h, w), changed smoothly until, made small, they are nearly `low` [Irani and Peleg 1991]: what is missing, enlarged, is added.
+
+    For clean small pictures: the noise of a noisy one would be written into the answer.
+    """
     for _ in range(rounds):
         missing = low - degrade(images, images.shape[-1] // low.shape[-1])
         images = (images + F.interpolate(missing, images.shape[-2:], mode="bicubic")).clamp(-1, 1)
