@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPECIAL', 'PAD', 'UNK', 'CLS', 'SEP', 'CONDITIONERS', 'CaptionTokenizer', 'train_tokenizer', 'EncoderLayer',
            'TextConfig', 'TextEncoder', 'Condition', 'Conditioner', 'make_conditioner', 'read_key', 'check_prompts',
-           'NoConfig', 'NoCondition', 'ClassConfig', 'ClassConditioner', 'TextConditioner']
+           'check_one_size', 'NoConfig', 'NoCondition', 'ClassConfig', 'ClassConditioner', 'TextConditioner']
 
 # %% ../nbs/16_text.ipynb #3f79e6d0
 """What tells the denoiser what to draw: nothing, a class, or a sentence, all behind one small contract.
@@ -380,6 +380,12 @@ def check_prompts(prompts: Sequence) -> list:
     if not prompts:
         raise ValueError("prompts: got an empty list, expected one prompt per picture")
     return prompts
+
+
+def check_one_size(what: str, pictures: Sequence[Tensor]) -> None:
+    """Raise ValueError where pictures or maps (..., h, w) differ in height or width."""
+    if len(sizes := {tuple(picture.shape[-2:]) for picture in pictures}) > 1:
+        raise ValueError(f"{what}: got sizes {', '.join(f'{h}x{w}' for h, w in sorted(sizes))}, expected one size for all")
 
 # %% ../nbs/16_text.ipynb #4678de61
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor
 
-from .conditioning import CONDITIONERS, Condition, Conditioner, check_prompts, read_key
+from .conditioning import CONDITIONERS, Condition, Conditioner, check_one_size, check_prompts, read_key
 from .core import Config, check_images, check_mask, check_shape, derive_seed
 from .data import make_masks
 from .drawing import counter_uniform
 from .folders import WithField
-from .metrics import bootstrap
+from .metrics import interval
 
 # %% ../nbs/19_inpainting.ipynb #2e383887
 def _masked(item: Mapping, index: int, key: int) -> Tensor:
@@ -123,8 +123,7 @@ class InpaintConditioner(Conditioner):
     def prepare(self, prompts: Sequence) -> dict:
         """Pairs of a picture (3, h, w) in [-1, 1] and its mask (1, h, w) of 0 and 1, all of one size; raises ValueError naming the pair."""
         pairs = [_check_pair(i, pair) for i, pair in enumerate(check_prompts(prompts))]
-        if len(sizes := {tuple(image.shape[-2:]) for image, _ in pairs}) > 1:
-            raise ValueError(f"pictures: got sizes {', '.join(f'{h}x{w}' for h, w in sorted(sizes))}, expected one size for all")
+        check_one_size("pictures", [image for image, _ in pairs])
         return {"image": torch.stack([image for image, _ in pairs]), "mask": torch.stack([mask for _, mask in pairs])}
 
 
@@ -146,8 +145,7 @@ def grade_filled(images: Tensor, truth: Tensor, mask: Tensor, seed: int = 0) -> 
     hole = check_mask(mask, images).expand_as(images)
     kept = ((images == truth) | hole).double().mean((1, 2, 3))
     error = ((images - truth).double().square() * hole).sum((1, 2, 3)) / hole.sum((1, 2, 3)).clamp(min=1)
-    interval = lambda values: bootstrap(values, generator=torch.Generator().manual_seed(seed))._asdict()
-    return {"n": len(images), "known": interval(kept), "psnr": interval(10 * (4 / error.clamp(min=1e-12)).log10())}
+    return {"n": len(images), "known": interval(kept, seed=seed), "psnr": interval(10 * (4 / error.clamp(min=1e-12)).log10(), seed=seed)}
 
 # %% ../nbs/19_inpainting.ipynb #892991e5
 def outpaint(images: Tensor, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .conditioning import CONDITIONERS, Condition, Conditioner, EncoderLayer, check_prompts, make_conditioner, read_key
+from .conditioning import CONDITIONERS, Condition, Conditioner, EncoderLayer, check_one_size, check_prompts, make_conditioner, read_key
 from .core import Config, check_choice, check_shape
 
 # %% ../nbs/17_layout_semantic.ipynb #7ce428fc
@@ -254,8 +254,7 @@ class SemanticConditioner(Conditioner):
     def prepare(self, prompts: Sequence) -> dict:
         """Maps (h, w) of whole numbers, all of one size; raises ValueError naming the map and the fault."""
         maps = [_check_maps(self.config, check_shape(f"map {i}", torch.as_tensor(m), "h w"), f"map {i}") for i, m in enumerate(check_prompts(prompts))]
-        if len(sizes := {tuple(m.shape) for m in maps}) > 1:
-            raise ValueError(f"maps: got sizes {', '.join(f'{h}x{w}' for h, w in sorted(sizes))}, expected one size for all")
+        check_one_size("maps", maps)
         return {"semantic": torch.stack([m.long() for m in maps])}
 
 

@@ -6,8 +6,8 @@
 __all__ = ['COMPARABLE', 'frechet_distance', 'matrix_root', 'check_comparable', 'check_features', 'FeatureStatistics',
            'save_tensors', 'load_tensors', 'fid', 'save_statistics', 'load_statistics', 'FIDCurve', 'fid_against_n',
            'Estimate', 'kid', 'kid_subsets', 'neighbour_radii', 'precision_recall', 'density_coverage',
-           'inception_score', 'nearest', 'Memorisation', 'memorisation', 'Interval', 'bootstrap', 'fid_interval',
-           'psnr', 'ssim', 'lpips']
+           'inception_score', 'nearest', 'Memorisation', 'memorisation', 'Interval', 'bootstrap', 'interval',
+           'fid_interval', 'psnr', 'ssim', 'lpips']
 
 # %% ../nbs/09_metrics.ipynb #03cd93b8
 """Numbers for pictures: of pairs (PSNR, SSIM, LPIPS) and of sets (FID, KID, precision and recall, and what keeps them honest).
@@ -310,6 +310,11 @@ def bootstrap(rows: Tensor, statistic: Callable[[Tensor], float] | None = None, 
     values = torch.tensor([float(statistic(rows[d])) for d in draws], dtype=torch.float64)
     low, high = values.quantile(torch.tensor([0.5 - level / 2, 0.5 + level / 2], dtype=torch.float64)).tolist()
     return Interval(float(statistic(rows)), low, high)
+
+
+def interval(rows: Tensor, statistic: Callable[[Tensor], float] | None = None, seed: int = 0) -> dict:
+    """{value, low, high} of a statistic of rows (their mean by default), by `bootstrap` at 95 %; one seed, one answer."""
+    return bootstrap(rows, statistic, generator=torch.Generator().manual_seed(seed))._asdict()
 
 # %% ../nbs/09_metrics.ipynb #128d34ec
 def fid_interval(samples: Tensor, reference: FeatureStatistics, resamples: int = 100, level: float = 0.95, generator=None) -> Interval:

@@ -21,7 +21,7 @@ from .core import check_shape
 from .data import SEMANTIC_CLASSES
 from .drawing import COLOURS, EXTENTS, SHAPES, signed_distance
 from .grader import Reading, colour_masks, read_scene
-from .metrics import bootstrap
+from .metrics import interval
 
 # %% ../nbs/98_placement.ipynb #bcd16ada
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -77,11 +77,6 @@ def layout_rows(images: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 # %% ../nbs/98_placement.ipynb #c8dcf024
-def _interval(rows: Tensor, statistic, seed: int) -> dict:
-    """Value and 95 % bootstrap interval over pictures."""
-    return bootstrap(rows, statistic, generator=torch.Generator().manual_seed(seed))._asdict()
-
-
 def grade_layouts(images: Tensor, boxes: Tensor, labels: Tensor, seed: int = 0) -> dict:
     """Mean IoU, label accuracy and surplus objects per picture, each {value, low, high}, of pictures drawn after layouts.
 
@@ -91,8 +86,8 @@ def grade_layouts(images: Tensor, boxes: Tensor, labels: Tensor, seed: int = 0) 
     if not rows[:, 2].sum() > 0:
         raise ValueError(f"boxes: got none in {len(rows)} pictures, expected at least one")
     share = lambda column: lambda r: (r[:, column].sum() / r[:, 2].sum().clamp(min=1)).item()
-    return {"n": len(rows), "boxes": int(rows[:, 2].sum()), "iou": _interval(rows, share(0), seed), "label": _interval(rows, share(1), seed),
-            "surplus": _interval(rows, lambda r: r[:, 3].mean().item(), seed)}
+    return {"n": len(rows), "boxes": int(rows[:, 2].sum()), "iou": interval(rows, share(0), seed), "label": interval(rows, share(1), seed),
+            "surplus": interval(rows, lambda r: r[:, 3].mean().item(), seed)}
 
 # %% ../nbs/98_placement.ipynb #9ecc9fff
 def _map_of(readings: Sequence[Reading], masks: Tensor) -> Tensor:
@@ -146,7 +141,7 @@ def grade_maps(images: Tensor, maps: Tensor, seed: int = 0) -> dict:
         raise ValueError(f"maps: got {tuple(maps.shape)} for pictures {tuple(images.shape)}, expected (n, h, w) of the same n, h and w, n >= 1")
     rows = map_rows(maps, read_maps(images))
     right = lambda r: (r[:, 0].sum() / r[:, 2].sum()).item()
-    return {"n": len(rows), "classes": int((rows[:, 2].sum(0) > 0).sum()), "miou": _interval(rows, mean_iou, seed), "pixels": _interval(rows, right, seed)}
+    return {"n": len(rows), "classes": int((rows[:, 2].sum(0) > 0).sum()), "miou": interval(rows, mean_iou, seed), "pixels": interval(rows, right, seed)}
 
 # %% ../nbs/98_placement.ipynb #7b1f0c02
 def fill_rows(images: Tensor, boxes: Tensor, labels: Tensor, maps: Tensor, mask: Tensor, hidden: tuple[float, float] = (0.1, 0.6)) -> Tensor:
@@ -173,4 +168,4 @@ def grade_fills(images: Tensor, boxes: Tensor, labels: Tensor, maps: Tensor, mas
     if not rows[:, 1].sum() > 0:
         raise ValueError(f"mask: got {len(rows)} pictures without a partly hidden object, expected at least one")
     share = lambda r: (r[:, 0].sum() / r[:, 1].sum().clamp(min=1)).item()
-    return {"n": len(rows), "objects": int(rows[:, 1].sum()), "objects_kept": _interval(rows, share, seed)}
+    return {"n": len(rows), "objects": int(rows[:, 1].sum()), "objects_kept": interval(rows, share, seed)}

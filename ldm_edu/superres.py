@@ -23,11 +23,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tv
 
-from .conditioning import CONDITIONERS, Condition, Conditioner, check_prompts, read_key
+from .conditioning import CONDITIONERS, Condition, Conditioner, check_one_size, check_prompts, read_key
 from .core import Config, check_choice, check_images, check_shape, derive_seed, make_generators
 from .data import degrade
 from .folders import WithField
-from .metrics import bootstrap, psnr
+from .metrics import interval, psnr
 from .unet import timestep_embedding
 from .viz import to_pil
 
@@ -167,8 +167,7 @@ class LowResConditioner(Conditioner):
     def prepare(self, prompts: Sequence) -> dict:
         """Small pictures (3, h, w) in [-1, 1], all of one size, or pairs of one and its noise; raises ValueError naming the picture."""
         pairs = [_check_small(self.config, i, prompt) for i, prompt in enumerate(check_prompts(prompts))]
-        if len(sizes := {tuple(low.shape[-2:]) for low, _ in pairs}) > 1:
-            raise ValueError(f"pictures: got sizes {', '.join(f'{h}x{w}' for h, w in sorted(sizes))}, expected one size for all")
+        check_one_size("pictures", [low for low, _ in pairs])
         return {"low_res": torch.stack([low for low, _ in pairs]), "low_res_noise": torch.tensor([noise for _, noise in pairs])}
 
 
@@ -212,5 +211,4 @@ def power_spectrum(images: Tensor) -> tuple[Tensor, Tensor]:
 
 def grade_enlarged(images: Tensor, truth: Tensor, low: Tensor, seed: int = 0) -> dict:
     """PSNR against the truth and consistency with the small pictures, dB, each {value, low, high} with a bootstrap over pictures."""
-    interval = lambda values: bootstrap(values, generator=torch.Generator().manual_seed(seed))._asdict()
-    return {"n": len(images), "psnr": interval(psnr(images, truth)), "consistency": interval(consistency(images, low))}
+    return {"n": len(images), "psnr": interval(psnr(images, truth), seed=seed), "consistency": interval(consistency(images, low), seed=seed)}

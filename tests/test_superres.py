@@ -345,3 +345,16 @@ def test_folders_train_by_the_same_command(runs, tmp_path, extra):
 def test_read_picture_is_rgb_in_range(runs):
     picture = read_picture(runs / "small.png")
     assert picture.shape == (3, 8, 12) and -1 <= picture.min() < picture.max() <= 1
+
+
+def test_real_pictures_are_enlarged_by_the_same_commands(cifar_folder, runs, tmp_path):
+    data = ["--data", str(cifar_folder), "--size", "32"]
+    assert cli.main(["train", "--recipe", "superres-tiny", "--first-stage", str(runs / "ae"), *data, "--steps", "2", "--batch-size", "8", "--out", str(tmp_path / "run")]) == 0
+    assert load(tmp_path / "run").card["data"].startswith("WithField, ")
+    few = ["--samples", "8", "--training", "16", "--prompts", "4", "--steps", "1", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "e.json")]
+    assert cli.main(["evaluate", "--model", str(tmp_path / "run"), *data, *few]) == 0
+    results = json.loads((tmp_path / "e.json").read_text())
+    assert results["superres"]["n"] == 4 and results["distribution"]["samples"]["n"] == 8
+    one = sorted(p for p in cifar_folder.rglob("*") if p.is_file())[0]
+    assert cli.main(["sample", "--model", str(tmp_path / "run"), "--steps", "1", "--images", str(one), "--out", str(tmp_path / "out")]) == 0
+    assert Image.open(tmp_path / "out" / "0000.png").size == (128, 128)
