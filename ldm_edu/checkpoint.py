@@ -239,7 +239,7 @@ def _fetch(latents: LatentDataset, indices: Sequence[int], flips: Sequence[bool]
     batch = dict(zip(("mean", "std"), values.unbind(1), strict=False))
     batch |= {k: torch.from_numpy(np.array(a[indices])) for k, a in latents._fields.items()}
     picture = latents.info["image_key"]
-    if picture in batch:
+    if picture in batch and batch[picture].dtype == torch.uint8:  # older caches kept it as it was
         batch[picture] = batch[picture] / 127.5 - 1
     return batch | {k: [texts[i] for i in indices] for k, texts in latents._texts.items()}
 

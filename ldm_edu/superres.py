@@ -52,7 +52,7 @@ def _degrade_one(x: Tensor, factor: int, generator: torch.Generator) -> Tensor:
     steps = {
         "blur": lambda x: _blur(x, (0.1 + 0.5 * strength[0]) * x.shape[-1] / low[1]),
         "shrink": lambda x: F.interpolate(x, low, mode=kernel, **smooth),
-        "noise": lambda x: x + 0.15 * strength[2] * torch.randn(x.shape, generator=generator),
+        "noise": lambda x: x + 0.15 * strength[2] * torch.randn(x.shape, generator=generator).to(x),
         "jpeg": lambda x: _jpeg(x, 30 + round(65 * strength[3])),
     }
     for place in torch.randperm(4, generator=generator).tolist():
@@ -201,12 +201,13 @@ def power_spectrum(images: Tensor) -> tuple[Tensor, Tensor]:
     x = images.double()
     x = x - x.mean((-2, -1), keepdim=True)
     power = torch.fft.fft2(x, norm="ortho").abs().square().mean((0, 1))
-    radius = (torch.fft.fftfreq(x.shape[-2])[:, None].square() + torch.fft.fftfreq(x.shape[-1]).square()).sqrt()
+    down, across = (torch.fft.fftfreq(side, device=x.device) for side in x.shape[-2:])
+    radius = (down[:, None].square() + across.square()).sqrt()
     rings = min(x.shape[-2:]) // 2
     ring = (radius * 2 * rings).round().long().flatten()
-    sums = torch.zeros(int(ring.max()) + 1, dtype=torch.float64).index_add_(0, ring, power.flatten())
+    sums = power.new_zeros(int(ring.max()) + 1).index_add_(0, ring, power.flatten())
     mean = sums / torch.bincount(ring, minlength=len(sums)).clamp(min=1)
-    return torch.arange(1, rings + 1, dtype=torch.float64) / (2 * rings), mean[1 : rings + 1]
+    return torch.arange(1, rings + 1, device=x.device).double() / (2 * rings), mean[1 : rings + 1]
 
 
 def grade_enlarged(images: Tensor, truth: Tensor, low: Tensor, seed: int = 0) -> dict:

@@ -14,6 +14,7 @@ from ldm_edu import cli
 from ldm_edu import inpainting as I
 from ldm_edu.asking import Asked, gather_prompts
 from ldm_edu.autoencoder import AutoencoderConfig
+from ldm_edu.checkpoint import LatentDataset
 from ldm_edu.conditioning import ClassConditioner, ClassConfig, make_conditioner
 from ldm_edu.data import Scenes, make_masks
 from ldm_edu.drawing import counter_uniform
@@ -283,6 +284,9 @@ def test_training_sees_new_masks_every_step(tmp_path, monkeypatch):
     kept = torch.stack([item["image"] for item in data])
     found = min((seen[0]["image"][0] - x).abs().max().item() for x in kept)
     assert found <= 1 / 255 + 1e-6, "pictures are kept in bytes"
+    folder, = (tmp_path / "run" / "latents").glob("latents-*")
+    np.save(folder / "field-image.npy", kept.numpy())
+    assert torch.equal(LatentDataset(folder).fetch(range(4))["image"], kept), "an older cache kept them as they were"
     asked = {"image": kept[:2], "mask": data[0]["mask"][None].repeat(2, 1, 1, 1)}
     drawn = trained.sample(batch=asked, steps=1)
     assert torch.equal(drawn * (1 - asked["mask"]), kept[:2] * (1 - asked["mask"]))
