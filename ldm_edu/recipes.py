@@ -501,7 +501,7 @@ DIFFUSIONS = {
     "text-demo": DiffusionRecipe("text-mini", "text", train=_SMALL.replace(steps=4_400, lr=1.5e-3, ema_decay=0.995, precision="auto")),
     "text-relations": DiffusionRecipe("text-tiny", "text", step_bias=1.6, reading_steps=400,
                                       train=_LATENT_UNET.replace(steps=5_500, lr=5e-4, warmup_steps=100)),
-    "class-tiny": DiffusionRecipe("text-tiny", "class", train=_LATENT_UNET),
+    "class-tiny": DiffusionRecipe("text-mini", "class", train=_LATENT_UNET.replace(steps=6_000)),
     "layout-tiny": DiffusionRecipe("layout-tiny", "layout", step_bias=1.6, train=_LATENT_UNET.replace(steps=9_000)),
     "semantic-tiny": DiffusionRecipe("concat-tiny", "semantic", guidance_scale=2.0, train=_LATENT_UNET),
     "superres-tiny": DiffusionRecipe("concat-tiny", "superres", guidance_scale=1.0, train=_LATENT_UNET.replace(steps=6_000)),
