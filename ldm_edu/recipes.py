@@ -237,13 +237,15 @@ class DiffusionRecipe(Config):
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     condition_dropout: float = 0.1  # share of training rows that see the null condition
     step_bias: float = 1.0  # 1 draws the steps t uniformly; more draws more noisy ones, where places are decided
+    latent_std: float = 1.0  # standard deviation of the scaled latents: 1 as in the paper; lesson 20 shows what others do
     reading_steps: int = 0  # steps in which the text encoder first learns to read captions of Scenes; see `reading`
     guidance_scale: float = 3.0  # the finished model's default
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self):
-        if not self.step_bias > 0 or self.reading_steps < 0:
-            raise ValueError(f"step_bias, reading_steps: got {self.step_bias} and {self.reading_steps}, expected more than 0 and at least 0")
+        if not min(self.step_bias, self.latent_std) > 0 or self.reading_steps < 0:
+            raise ValueError(f"step_bias, latent_std, reading_steps: got {self.step_bias}, {self.latent_std} and {self.reading_steps}, "
+                             "expected more than 0 twice, and at least 0")
 
 # %% ../nbs/91_recipes.ipynb #a718cabe
 def train_autoencoder(data, recipe: str | FirstStageRecipe = "kl-f4-tiny", out: str | Path = "runs/first-stage", *,
@@ -433,7 +435,7 @@ def _assemble(first_stage, conditioner, recipe: DiffusionRecipe, changes: dict, 
         in_channels=z + conditioner.concat_channels, out_channels=z, context_dim=conditioner.context_dim,
         c_dim=conditioner.c_dim, **changes)
     config = LDMConfig(first_stage.config, unet, conditioner.to_dict(), recipe.schedule, recipe.prediction,
-                       latent_scale(latents), size, recipe.guidance_scale)
+                       latent_scale(latents) * recipe.latent_std, size, recipe.guidance_scale)
     return LatentDiffusion(config, first_stage, ConditionalUNet(UNet(unet), conditioner))
 
 

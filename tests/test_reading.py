@@ -97,7 +97,7 @@ def test_biased_steps_follow_their_law():
         share, expected = (t < 1000 * x).float().mean().item(), x**1.6
         assert abs(share - expected) < 4 * (expected * (1 - expected) / len(t)) ** 0.5
     for wrong in ({"step_bias": 0.0}, {"reading_steps": -1}):
-        with pytest.raises(ValueError, match="step_bias, reading_steps"):
+        with pytest.raises(ValueError, match="step_bias, latent_std, reading_steps"):
             DiffusionRecipe(**wrong)
 
 
