@@ -28,13 +28,14 @@ from .demo import Demo
 from .evaluation import Evaluator, evaluate_samples, evaluation_table
 from .features import FeatureTraining, load_features, measure_features, save_features, scenes_extractor, train_features
 from .folders import ImageFolder, Part, from_torchvision, train_validation_split
+from .frozen_text import FrozenTextConditioner, FrozenTextConfig
 from .grader import grade
 from .inpainting import grade_filled, with_masks
 from .ldm import find_model, load, load_first_stage, pretrained_names, save
 from .losses import AdversarialConfig
 from .metrics import bootstrap, lpips, psnr, ssim
 from .perceptual import PERCEPTUAL_CONFIG, PerceptualTraining, load_perceptual, measure_perceptual, save_perceptual, train_perceptual
-from .placement import grade_fills, grade_layouts, grade_maps
+from .placement import grade_classes, grade_fills, grade_layouts, grade_maps
 from .recipes import (DIFFUSIONS, FIRST_STAGES, PIXELS_ONLY, code_version, conditioner_keys, describe_data, machine, train_autoencoder,
                              train_diffusion, write_picture)
 from .runs import TrainingInterrupted
@@ -144,15 +145,19 @@ class Train:
     start_from: str | None = None  # go on from this model's weights: a shipped one, or the folder of your own
     step_bias: float = 1.0  # 1 draws the steps t uniformly; more draws more noisy ones, where places are decided
     reading_steps: int = 0  # steps in which the text encoder first learns to read captions of Scenes
+    text_encoder: str | None = None  # read captions by a frozen CLIP text encoder: a name on the hub, or a folder
 
     def run(self) -> int:
         """Train, then say where the model is."""
+        if self.text_encoder is not None and DIFFUSIONS[self.recipe].conditioner != "text":
+            raise ValueError(f"text_encoder: got {self.text_encoder!r} for the recipe {self.recipe!r}, expected a recipe that reads text")
+        reads = None if self.text_encoder is None else FrozenTextConditioner(FrozenTextConfig(self.text_encoder)).to(default_device())
         first_stage = load_first_stage(self.first_stage).to(default_device())
         data, validation = self.data.open(self.out, conditioner_keys(DIFFUSIONS[self.recipe].conditioner))
         names = ("train", "condition_dropout", "prediction", "step_bias", "reading_steps")
         recipe = DIFFUSIONS[self.recipe].replace(**{name: getattr(self, name) for name in names})
         start = None if self.start_from is None else load(self.start_from, default_device())
-        train_diffusion(data, first_stage, recipe, self.out, validation=validation, start_from=start)
+        train_diffusion(data, first_stage, recipe, self.out, validation=validation, start_from=start, conditioner=reads)
         if torch.distributed.is_initialized() and torch.distributed.get_rank():
             return 0
         print(f"{self.out / 'model'}: draw with `ldm-edu sample --model {self.out}`")
@@ -178,6 +183,9 @@ class Sample:
     guidance_interval: tuple[int, int] | None = None  # guide only at steps low <= t < high; all by default
     seed: int = 0  # picture i depends on seed + i
     size: tuple[int, int] | None = None  # height and width in pixels; the training size by default
+    window: int | None = None  # large pictures: draw in overlapping windows of so many pixels, in bounded memory
+    overlap: int | None = None  # pixels that windows share; half a window by default
+    tile: int | None = None  # large pictures: decode in tiles of so many pixels, in bounded memory
     overwrite: bool = False  # replace pictures that are there
 
     def run(self) -> int:
@@ -191,7 +199,8 @@ class Sample:
         prompts = [p for p in asked for _ in range(self.n)] or None
         images = model.sample(prompts, n=None if prompts else self.n, steps=self.steps, sampler=self.sampler, seed=self.seed,
                               guidance_scale=self.guidance_scale, guidance_rescale=self.guidance_rescale,
-                              guidance_interval=self.guidance_interval, size=self.size)
+                              guidance_interval=self.guidance_interval, size=self.size, window=self.window,
+                              overlap=self.overlap, tile=self.tile)
         self.out.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(images):
             to_pil(image).save(self.out / f"{i:04d}.png")
@@ -200,7 +209,8 @@ class Sample:
                                                "layouts": self.layouts and str(self.layouts), "maps": [str(path) for path in self.maps],
                                                "images": [str(path) for path in self.images], "masks": [str(path) for path in self.masks], "seed": self.seed, "steps": self.steps,
                                                "sampler": self.sampler, "guidance_scale": self.guidance_scale,
-                                               "guidance_rescale": self.guidance_rescale, "guidance_interval": self.guidance_interval})
+                                               "guidance_rescale": self.guidance_rescale, "guidance_interval": self.guidance_interval,
+                                               "window": self.window, "overlap": self.overlap, "tile": self.tile})
         print(f"{self.out / 'sheet.png'}: {len(images)} pictures")
         return 0
 
@@ -350,13 +360,15 @@ def draw_like(model, data, n: int, steps: int, seed: int) -> torch.Tensor:
 
 
 def placed(model, data: DataOptions, n: int, steps: int, seed: int) -> dict:
-    """How well pictures keep to the boxes or maps of `n` unseen scenes, with intervals; nothing for models that read neither."""
+    """How well pictures keep to the classes, boxes or maps of `n` unseen scenes, with intervals; nothing for models that read none."""
     keys = model.net.conditioner.keys
-    if not {"boxes", "semantic"} & set(keys):
+    if not {"label", "boxes", "semantic"} & set(keys):
         return {}
     batch = Scenes(data.size, n=n, split="validation", seed=seed, objects=data.objects).render(range(n))
     images = model.sample(batch={key: batch[key] for key in keys}, n=n, steps=steps, seed=seed)
     results = {"placement": {"steps": steps, "seed": seed, "objects": list(data.objects)}}
+    if "label" in keys:
+        results["class"] = grade_classes(images, batch["label"])
     if "boxes" in keys:
         results["layout"] = grade_layouts(images, batch["boxes"], batch["box_labels"], seed)
     if "semantic" in keys:

@@ -191,8 +191,9 @@ def evaluation_table(results: Mapping) -> str:
 
 
 def _placement_rows(results: Mapping) -> list[tuple]:
-    """The table's rows about boxes, maps, enlarged and filled pictures."""
-    names = {"layout": {"iou": "layout: mean IoU of boxes", "label": "layout: right labels", "surplus": "layout: surplus objects a picture"},
+    """The table's rows about classes, boxes, maps, enlarged and filled pictures."""
+    names = {"class": {"shown": "class: shown", "alone": "class: shown alone"},
+             "layout": {"iou": "layout: mean IoU of boxes", "label": "layout: right labels", "surplus": "layout: surplus objects a picture"},
              "semantic": {"miou": "semantic map: mIoU", "pixels": "semantic map: right pixels"},
              "superres": {"psnr": "enlarged: PSNR against the truth (dB)", "consistency": "enlarged: PSNR made small again (dB)"},
              "inpaint": {"known": "filled: known pixels kept", "psnr": "filled: PSNR inside the holes (dB)",

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LDMConfig', 'LatentSpace', 'latent_shape', 'fit_maps', 'ConditionalUNet', 'encode_condition', 'asked_size',
-           'draw_latents', 'evaluating', 'tell_training', 'LatentDiffusion', 'build', 'save', 'pretrained_folders',
-           'pretrained_names', 'find_model', 'load_state', 'load', 'load_first_stage']
+           'window_cells', 'draw_latents', 'evaluating', 'tell_training', 'LatentDiffusion', 'build', 'save',
+           'pretrained_folders', 'pretrained_names', 'find_model', 'load_state', 'load', 'load_first_stage']
 
 # %% ../nbs/14_ldm.ipynb #1a70500c
 """The latent diffusion model: a frozen first stage, a scale factor, a conditioned UNet, and a folder to keep them in.
@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from .autoencoder import AutoencoderConfig
 from .conditioning import Condition, Conditioner, make_conditioner
 from .core import Config, atomic_path, check_images, check_shape, make_generators, read_json, write_json
+from .frozen_text import FrozenTextConditioner  # importing these four modules registers their conditioners
 from .guidance import GuidedModel
-from .inpainting import InpaintConditioner  # importing these three modules registers their conditioners
+from .inpainting import InpaintConditioner
 from .layout import JointConditioner
 from .objective import PREDICTIONS
 from .quantize import make_first_stage
@@ -36,7 +37,9 @@ from .samplers import sample as run_sampler
 from .schedule import ScheduleConfig, schedule_from_config
 from .solvers import SAMPLERS  # importing `solvers` puts every sampler into the registry
 from .superres import LowResConditioner
+from .tiling import tiled_decode
 from .unet import UNet, UNetConfig
+from .windows import WindowedModel
 
 # %% ../nbs/14_ldm.ipynb #d658349d
 @dataclass(frozen=True)
@@ -79,10 +82,14 @@ class LatentSpace(nn.Module):
         z = posterior.mode() if generator is None else posterior.sample(generator)
         return z * self.config.scale_factor
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents to images, clipped to [-1, 1]; differentiable in the latents."""
+    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
+        """Scaled latents to images, clipped to [-1, 1]; differentiable in the latents, except by tiles of `tile` pixels (see `tiling`)."""
         check_shape("latents", latents, "b z h w", z=self.config.first_stage.z_channels)
-        return self.first_stage.decode(latents.to(self.device) / self.config.scale_factor).clamp(-1, 1)
+        z = latents.to(self.device) / self.config.scale_factor
+        if tile is None:
+            return self.first_stage.decode(z).clamp(-1, 1)
+        cells = latent_shape(self.config, tile)[1]
+        return tiled_decode(self.first_stage, z, cells, min(24, cells // 2)).clamp(-1, 1)
 
 # %% ../nbs/14_ldm.ipynb #f9c0123a
 def latent_shape(config: LDMConfig, size: int | tuple[int, int] | None = None) -> tuple[int, int, int]:
@@ -159,6 +166,17 @@ def asked_size(config: LDMConfig, condition: Condition, size):
     return size
 
 
+def window_cells(config: LDMConfig, window: int, overlap: int | None = None) -> tuple[int, int]:
+    """A window and what it shares with the next (None: half of it), both in pixels, as numbers of latent cells.
+
+    Raises ValueError for windows that the networks cannot take, and overlaps that are no multiple of f or not below the window.
+    """
+    f, cells = config.first_stage.downsample_factor, latent_shape(config, window)[1]
+    if overlap is not None and (overlap % f or not 0 <= overlap < window):
+        raise ValueError(f"overlap: got {overlap} pixels, expected a multiple of {f} from 0 to below the window's {window}")
+    return cells, cells // 2 if overlap is None else overlap // f
+
+
 def draw_latents(denoiser_of: Callable, shape: Sequence[int], seeds: Sequence[torch.Generator], batch_size: int, steps: int,
                  sampler: str, finish: Callable, **options) -> Tensor:
     """Sample `len(seeds)` latents of `shape` in batches and `finish` each batch (decode it, or not); float32 on the CPU.
@@ -208,21 +226,24 @@ class LatentDiffusion(LatentSpace):
         return tell_training(self.card)
 
     def denoiser(self, condition: Condition, null: Condition, guidance_scale: float = 1.0, rescale: float = 0.0,
-                 interval: tuple[int, int] | None = None) -> Denoiser:
-        """What a sampler calls: this UNet under a condition, guided away from `null` (see `guidance.GuidedModel`)."""
-        guided = GuidedModel(self.net.denoise, condition.to(self.device), null.to(self.device), guidance_scale, rescale, interval)
+                 interval: tuple[int, int] | None = None, window: int | None = None, overlap: int | None = None) -> Denoiser:
+        """What a sampler calls: this UNet under a condition, guided away from `null` (see `guidance`); with windows each may have a row (see `windows`)."""
+        model = self.net.denoise if window is None else WindowedModel(self.net.denoise, *window_cells(self.config, window, overlap))
+        guided = GuidedModel(model, condition.to(self.device), null.to(self.device), guidance_scale, rescale, interval)
         return Denoiser(guided, self.schedule.to(self.device), self.config.prediction)
 
     @torch.no_grad()
     def sample(self, prompts=None, *, batch: Mapping | None = None, n: int | None = None, steps: int = 20,
                sampler: str = "dpmpp_2m", guidance_scale: float | None = None, guidance_rescale: float = 0.0,
-               guidance_interval: tuple[int, int] | None = None, seed: int | Sequence[int] = 0, size=None, negative=None, batch_size: int = 64, decode: bool = True, **options) -> Tensor:
+               guidance_interval: tuple[int, int] | None = None, seed: int | Sequence[int] = 0, size=None, window: int | None = None,
+               overlap: int | None = None, tile: int | None = None, negative=None, batch_size: int = 64, decode: bool = True, **options) -> Tensor:
         """Draw images (n, 3, h, w), float32 in [-1, 1] on the CPU; image i depends on its prompt and `seed + i` alone.
 
         `prompts`: one per image, or one for all `n` (strings, or whatever the conditioner takes); or `batch`: what
         training batches hold; neither draws `n` unconditional images. `guidance_scale`: 1 is off, None the model's own;
         `guidance_rescale` in [0, 1] tempers it (0 is off), `guidance_interval` (low, high) limits it to low <= t < high.
         `size`: pixels, int or (h, w); None: of the maps that condition, or of training. `negative`: prompts to push away from, in place of the null condition.
+        For large pictures in bounded memory: `window` pixels at a time, blended over `overlap` pixels (None: half a window); `tile` pixels at a time are decoded.
         `decode=False` returns scaled latents. Other options (callback, spacing, eta, ...) go to `samplers.sample`.
         Raises ValueError for bad prompts, sizes, steps, sampler names and counts, saying what was expected.
         """
@@ -232,10 +253,10 @@ class LatentDiffusion(LatentSpace):
             null = read.null(count) if negative is None else encode_condition(read, negative, count, encode=self.encode)[0]
             asked = len(condition) > 0 and not (prompts is None and batch is None and negative is None)
             scale = (self.config.guidance_scale if guidance_scale is None else guidance_scale) if asked else 1.0
-            denoiser_of = lambda i, j: self.denoiser(condition.rows(i, j), null.rows(i, j), scale, guidance_rescale, guidance_interval)
+            denoiser_of = lambda i, j: self.denoiser(condition.rows(i, j), null.rows(i, j), scale, guidance_rescale, guidance_interval, window, overlap)
             shape = latent_shape(self.config, asked_size(self.config, condition, size))
             drawn = draw_latents(denoiser_of, shape, make_generators(seed, count), batch_size, steps,
-                                 sampler, self.decode if decode else lambda z: z, device=self.device, **options)
+                                 sampler, (lambda z: self.decode(z, tile)) if decode else lambda z: z, device=self.device, **options)
             return read.finish(drawn, given) if decode and given else drawn
 
 # %% ../nbs/14_ldm.ipynb #4fc99da0

@@ -343,6 +343,8 @@ def default_conditioner(name: str, data, width: int | None, pooled: bool = False
         "superres": lambda: LowResConditioner(LowResConfig(_enlarged(data[0]), f, width=width or 64)),
         "inpaint": lambda: InpaintConditioner(InpaintConfig(stage.z_channels, f)),
     }
+    if width is None and (needy := {"text", "class", "layout"} & set(name.split("+"))):
+        raise ValueError(f"conditioner: got {', '.join(sorted(needy))} for a UNet without context_dim, expected one that reads tokens")
     parts = [makers[check_choice("conditioner", part, makers)]() for part in name.split("+")]
     return parts[0] if len(parts) == 1 else JointConditioner.of(*parts)
 
@@ -503,7 +505,7 @@ DIFFUSIONS = {
     "text-demo": DiffusionRecipe("text-mini", "text", train=_SMALL.replace(steps=4_400, lr=1.5e-3, ema_decay=0.995, precision="auto")),
     "text-relations": DiffusionRecipe("text-tiny", "text", step_bias=1.6, reading_steps=400,
                                       train=_LATENT_UNET.replace(steps=5_500, lr=5e-4, warmup_steps=100)),
-    "class-tiny": DiffusionRecipe("text-mini", "class", train=_LATENT_UNET.replace(steps=6_000)),
+    "class-tiny": DiffusionRecipe("class-tiny", "class", step_bias=1.6, guidance_scale=1.5, train=_LATENT_UNET.replace(steps=8_000)),
     "layout-tiny": DiffusionRecipe("layout-tiny", "layout", step_bias=1.6, train=_LATENT_UNET.replace(steps=9_000)),
     "semantic-tiny": DiffusionRecipe("concat-tiny", "semantic", guidance_scale=2.0, train=_LATENT_UNET),
     "superres-tiny": DiffusionRecipe("concat-tiny", "superres", guidance_scale=1.0, train=_LATENT_UNET.replace(steps=6_000)),

@@ -321,6 +321,7 @@ UNETS = {
     "text-tiny": UNetConfig(4, 4, 112, (1, 1), 1, (2,), head_dim=28, context_dim=128, use_scale_shift_norm=True, num_groups=16),
     "text-mini": UNetConfig(4, 4, 48, (1, 1), 1, (2,), head_dim=24, context_dim=128, use_scale_shift_norm=True, num_groups=16),
     "layout-tiny": UNetConfig(4, 4, 80, (1, 1), 1, (1, 2), head_dim=20, context_dim=128, use_scale_shift_norm=True, num_groups=16),
+    "class-tiny": UNetConfig(4, 4, 64, (1, 1), 1, (2,), head_dim=32, context_dim=64, use_scale_shift_norm=True, num_groups=16),
     "concat-tiny": UNetConfig(4, 4, 64, (1, 1), 1, (2,), head_dim=32, use_scale_shift_norm=True, num_groups=16),
     "text-small": UNetConfig(4, 4, 128, (1, 2), 2, (1, 2), head_dim=64, context_dim=256),
     # the paper's released models [Tables 12, 13, 15]; where a released file's head count differs, as trained

@@ -431,6 +431,12 @@ MUTATIONS = (
     _m(22, "who asks for words alone gets another's known pixels", "layout._finish",
        "images, part.finish(images, batch))", "part.finish(images, batch), part.finish(images, batch))",
        "test_inpainting.py::test_words_and_a_hole_together"),
+    _m(14, "decoding by tiles forgets the scale factor", "ldm.LatentSpace.decode",
+       "tiled_decode(self.first_stage, z,", "tiled_decode(self.first_stage, latents,", "test_windows.py::test_tiles_decode_what_the_whole_does"),
+    _m(21, "the windows of a picture are told what belongs to other pictures' windows", "windows.window_condition",
+       "x[index::count]", "x[index * pictures : (index + 1) * pictures]", "test_windows.py::test_a_row_for_every_window_of_every_picture"),
+    _m(21, "every window asks at the first picture's step", "windows.WindowedModel.__call__",
+       "t.repeat(len(x) // len(x_t))", "t[:1].repeat(len(x))", "test_windows.py::test_far_from_its_edges_a_window_says_what_the_whole_would"),
 )
 
 

@@ -109,6 +109,17 @@ def test_sample_writes_pictures_and_never_over_others(runs, capsys):
     assert json.loads((out / "samples.json").read_text())["guidance_interval"] == [100, 900]
 
 
+def test_sample_draws_large_pictures_by_windows(runs, capsys):
+    args = ["sample", "a red circle", "--model", str(runs / "text"), "--steps", "2", "--size", "16", "48", "--out"]
+    assert cli.main([*args, str(runs / "whole")]) == 0
+    assert cli.main([*args, str(runs / "windows"), "--window", "16", "--overlap", "8", "--tile", "16"]) == 0
+    whole, windows = (np.asarray(Image.open(runs / name / "0000.png")) for name in ("whole", "windows"))
+    assert whole.shape == windows.shape == (16, 48, 3) and (whole != windows).any()
+    assert json.loads((runs / "windows" / "samples.json").read_text())["window"] == 16
+    assert cli.main([*args, str(runs / "bad"), "--window", "16", "--overlap", "16"]) == 2
+    assert "overlap: got 16 pixels" in capsys.readouterr().err
+
+
 def test_evaluate_prints_and_writes(runs, capsys):
     few = ["--size", "16", "--samples", "8", "--references", "16", "--training", "16", "--cache", str(runs / "cache")]
     args = ["evaluate", "--model", str(runs / "text"), "--prompts", "2", "--steps", "1", "--out", str(runs / "e.json"), *few]

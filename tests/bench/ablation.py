@@ -47,7 +47,7 @@ class Variant:
     ways: tuple[str, ...] = ("tokens",)  # of tokens, vector, maps; () tells the UNet nothing
     unet: dict = field(default_factory=dict)
     width: int = 64  # of the text encoder and so of the context
-    encoder: str = "joint"  # or "joint after reading", "frozen after reading", "frozen at random"
+    encoder: str = "joint after reading"  # or "joint from nothing", "frozen after reading", "frozen at random"
     block: str = "cross before feed-forward"  # or "feed-forward before cross"
 
 
@@ -67,7 +67,7 @@ VARIANTS = (
     Variant("depth", "2 blocks deep", unet=dict(transformer_depth=2)),
     Variant("context", "context of 32", width=32),
     Variant("context", "context of 128", width=128),
-    Variant("encoder", "joint after reading", encoder="joint after reading"),
+    Variant("encoder", "joint from nothing", encoder="joint from nothing"),
     Variant("encoder", "frozen after reading", encoder="frozen after reading"),
     Variant("encoder", "frozen at random", encoder="frozen at random"),
     Variant("order", "feed-forward before cross", block="feed-forward before cross"),
@@ -197,7 +197,7 @@ def run_one(variant: Variant, seed: int, args, data, unseen) -> dict:
         shared.symlink_to("../latents")
     with ordered(variant):
         conditioner = make_conditioner(variant, all_captions(data), seed)
-        model = train_diffusion(data, load_first_stage("scenes-kl-f4").to(default_device()), DiffusionRecipe(train=TRAIN), out, conditioner=conditioner,
+        model = train_diffusion(data, load_first_stage("scenes-kl-f4").to(default_device()), DiffusionRecipe(step_bias=1.6, train=TRAIN), out, conditioner=conditioner,
                                 unet=unet, steps=args.steps, seed=seed, progress=False)
     parameters = {"unet": sum(p.numel() for p in model.net.unet.parameters()), "text": sum(p.numel() for p in model.net.conditioner.parameters())}
     row = {"group": variant.group, "name": variant.name, "seed": seed, "steps": args.steps, "width": config.model_channels, "parameters": parameters,
@@ -231,7 +231,7 @@ def measure_costs(args) -> list[dict]:
     for variant in VARIANTS:
         with ordered(variant):
             torch.manual_seed(0)
-            net, read = UNet(sized(variant)), make_conditioner(Variant("", "", variant.ways, width=variant.width), captions, 0)
+            net, read = UNet(sized(variant)), make_conditioner(Variant("", "", variant.ways, width=variant.width, encoder="joint from nothing"), captions, 0)
         read.encoder.requires_grad_("frozen" not in variant.encoder)
         tokens = read.tensors({"caption": captions[: TRAIN.batch_size]})
         weights = [p for p in [*net.parameters(), *read.parameters()] if p.requires_grad]
