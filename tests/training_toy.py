@@ -152,6 +152,12 @@ def train_stage(folder: str | Path, steps: int = 30, loss: dict | None = None, b
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").open()]
 
 
+def leave() -> None:
+    """Leave together: who tears its connections down while another still uses them may be aborted."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
 def main(folder: str, options: dict) -> None:
     """As one of several processes: be stopped by a signal that only the last one gets, then go on to the end."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -171,12 +177,12 @@ def main(folder: str, options: dict) -> None:
     result = train(base(seed=rank), Circle(), config, folder, validation=Circle(20), progress=False)
     if rank == 0:
         Path(folder, "losses.json").write_text(json.dumps(result.losses))
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
     if "stage" in sys.argv[3:]:
         train_stage(sys.argv[1], **json.loads(sys.argv[2]))
-        torch.distributed.destroy_process_group()
+        leave()
     else:
         main(sys.argv[1], json.loads(sys.argv[2]))
