@@ -151,7 +151,8 @@ class Train:
         """Train, then say where the model is."""
         if self.text_encoder is not None and DIFFUSIONS[self.recipe].conditioner != "text":
             raise ValueError(f"text_encoder: got {self.text_encoder!r} for the recipe {self.recipe!r}, expected a recipe that reads text")
-        reads = None if self.text_encoder is None else FrozenTextConditioner(FrozenTextConfig(self.text_encoder)).to(default_device())
+        reads = None if self.text_encoder is None else FrozenTextConditioner(
+            FrozenTextConfig(self.text_encoder, pooled=DIFFUSIONS[self.recipe].pooled)).to(default_device())
         first_stage = load_first_stage(self.first_stage).to(default_device())
         data, validation = self.data.open(self.out, conditioner_keys(DIFFUSIONS[self.recipe].conditioner))
         names = ("train", "condition_dropout", "prediction", "step_bias", "reading_steps")

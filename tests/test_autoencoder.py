@@ -138,7 +138,7 @@ def test_start_follows_the_seed():
 
 @pytest.fixture(scope="module")
 def reference():
-    pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers", reason="needs diffusers, which `make test` installs")
     import diffusers_vae_map
 
     return diffusers_vae_map

@@ -14,7 +14,7 @@ from ldm_edu.conditioning import make_conditioner
 from ldm_edu.frozen_text import FrozenTextConditioner, FrozenTextConfig, load_clip
 from ldm_edu.unet import UNetConfig
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="needs transformers, which `make test` installs")
 PIECES = [*"abcdefghijklmnopqrstuvwxyz", *(c + "</w>" for c in "abcdefghijklmnopqrstuvwxyz"), "<|startoftext|>", "<|endoftext|>"]
 
 
@@ -129,6 +129,7 @@ def test_train_and_sample_by_command(clip, tmp_path, capsys):
     train = ["train", "--recipe", "text-demo", "--items", "48", "--steps", "4", "--batch-size", "8", "--out", str(tmp_path / "run")]
     assert main([*train, "--text-encoder", str(clip)]) == 0
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["conditioner"]["name"] == "frozen-text"
+    assert "net.conditioner.pool.weight" in ldm_edu.load(tmp_path / "run").state_dict()  # as the recipe says
     assert main(["sample", "a red circle", "--model", str(tmp_path / "run"), "--steps", "2", "--out", str(tmp_path / "pictures")]) == 0
     assert main(["train", "--recipe", "class-tiny", "--text-encoder", str(clip), "--out", str(tmp_path / "other")]) == 2
     assert "expected a recipe that reads text" in capsys.readouterr().err

@@ -45,6 +45,7 @@ from ldm_edu.layout import (
 from ldm_edu.ldm import ConditionalUNet, LatentDiffusion, LDMConfig, build, fit_maps, load, save
 from ldm_edu.placement import (
     box_iou,
+    grade_classes,
     grade_layouts,
     grade_maps,
     layout_rows,
@@ -852,3 +853,17 @@ def test_text_and_boxes_train_together(runs, tmp_path):
     again = load(tmp_path / "both")
     prompts = [{"text": "a red circle", "layout": [("red circle", 0.1, 0.2, 0.5, 0.6)]}, {"layout": [("red star", 0.1, 0.2, 0.5, 0.6)]}]
     assert_close(again.sample(prompts, steps=1), model.sample(prompts, steps=1))
+
+
+def test_classes_are_graded_by_the_shape_of_their_label():
+    scenes = Scenes(32, n=24, split="validation", objects=(1, 1), fields=("image", "label")).render(range(24))
+    right = grade_classes(scenes["image"], scenes["label"])
+    assert right["n"] == 24 and right["shown"]["value"] == right["alone"]["value"] == 1 and right["shown"]["low"] < 1
+    wrong = grade_classes(scenes["image"], (scenes["label"] + 1) % 6)
+    assert wrong["shown"]["value"] == wrong["alone"]["value"] == 0
+    two = Scenes(32, n=24, split="validation", objects=(2, 2), fields=("image", "label")).render(range(24))
+    crowded = grade_classes(two["image"], two["label"])
+    assert crowded["shown"]["value"] > 0.9 and crowded["alone"]["value"] == 0
+    for labels in (scenes["label"][:5], scenes["label"] + 6, scenes["label"] - 7):
+        with pytest.raises(ValueError, match="labels"):
+            grade_classes(scenes["image"], labels)

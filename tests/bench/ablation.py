@@ -1,10 +1,10 @@
-"""How a caption gets into the UNet: train every variant of lesson 21 at equal parameters and steps, with several seeds, and grade it.
+"""How a caption gets into the UNet: train every variant at equal parameters (within 7 %) and steps, with several seeds, and grade it.
 
 `python tests/bench/ablation.py --out runs/ablation` trains each of VARIANTS once for each seed on Scenes of 32 pixels and writes
 `ablation.json`; what is finished is not trained again, so a run that was cut goes on. Give two processes different --seeds and the
 same --out, and they share the work. `--costs` measures seconds and bytes of a training step of every variant in turn, one step of
-each before the next of any, so that a slow minute of the machine hits all alike; it wants an idle machine. Lesson 21 reads the copy
-in data/sweeps.
+each before the next of any, so that a slow minute of the machine hits all alike; it wants an idle machine. No log of it is in
+data/sweeps yet: it is for a lesson that is planned.
 """
 import argparse
 import contextlib
@@ -109,10 +109,6 @@ class WaysConditioner(TextConditioner):
 
     def forward(self, batch) -> Condition:
         return self._sent(super().forward(batch))
-
-    def null(self, n: int) -> Condition:
-        one = self({"token_ids": torch.tensor([[2, 3]])})  # [CLS] [SEP]
-        return Condition(**{name: x.expand(n, *x.shape[1:]) for name, x in vars(one).items() if x is not None})
 
 
 CONDITIONERS["ways"] = WaysConditioner
