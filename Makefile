@@ -60,21 +60,24 @@ test: $(STAMP)  ## everything: the gate, all lessons, all tests, coverage; offli
 	@PYTHONPATH="$(CURDIR)/tests/offline" HF_HUB_OFFLINE=1 LDM_EDU_PROFILE=cpu OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m pytest -n 2 --dist worksteal --cov=ldm_edu --cov-report=term --cov-fail-under=90 $(ARGS)
 
-weights: $(STAMP)  ## train the shipped models again (seven hours on two cores) into data/pretrained; PICTURES=folder of CIFAR-10 also the perceptual network
+PACK = --first-stage scenes-kl-f4 --measures.seed 1234 --overwrite
+weights: $(STAMP)  ## train the shipped models again (nine hours on two cores) into data/pretrained; PICTURES=folder of CIFAR-10 also the perceptual network
 	@$(BIN)/ldm-edu train-features --out data/pretrained/scenes-features --overwrite
 	@test -z "$(PICTURES)" || $(BIN)/ldm-edu train-perceptual --data $(PICTURES) --out data/pretrained/scenes-perceptual --overwrite
 	@$(BIN)/ldm-edu train-autoencoder --recipe kl-f4-tiny --out runs/weights/scenes-kl-f4
-	@$(BIN)/ldm-edu train --recipe text-tiny --items 30000 --first-stage runs/weights/scenes-kl-f4 --out runs/weights/scenes-words
-	@$(BIN)/ldm-edu train --recipe text-relations --items 40000 --relations 0.75 --first-stage runs/weights/scenes-kl-f4 \
+	@$(BIN)/ldm-edu pack --model runs/weights/scenes-kl-f4 --out data/pretrained/scenes-kl-f4 --measures.seed 1234 --overwrite
+	@$(BIN)/ldm-edu train --recipe text-tiny --items 30000 --first-stage scenes-kl-f4 --out runs/weights/scenes-words
+	@$(BIN)/ldm-edu train --recipe text-relations --items 40000 --relations 0.75 --first-stage scenes-kl-f4 \
 	  --start-from runs/weights/scenes-words --out runs/weights/scenes-text
+	@$(BIN)/ldm-edu train --recipe class-tiny --items 30000 --objects 1 1 --first-stage scenes-kl-f4 --out runs/weights/scenes-class
 	@for name in layout semantic superres superres-regression inpaint; do \
-	  $(BIN)/ldm-edu train --recipe $$name-tiny --items 30000 --first-stage runs/weights/scenes-kl-f4 --out runs/weights/scenes-$$name; done
-	@for name in kl-f4 text; do \
-	  $(BIN)/ldm-edu pack --model runs/weights/scenes-$$name --out data/pretrained/scenes-$$name --measures.seed 1234 --overwrite; done
+	  $(BIN)/ldm-edu train --recipe $$name-tiny --items 30000 --first-stage scenes-kl-f4 --out runs/weights/scenes-$$name; done
+	@$(BIN)/ldm-edu pack --model runs/weights/scenes-text --out data/pretrained/scenes-text $(PACK)
+	@$(BIN)/ldm-edu pack --model runs/weights/scenes-class --out data/pretrained/scenes-class $(PACK) --measures.prompts 512 --measures.objects 1 1
 	@for name in layout semantic superres inpaint; do \
-	  $(BIN)/ldm-edu pack --model runs/weights/scenes-$$name --out data/pretrained/scenes-$$name --measures.prompts 512 --measures.seed 1234 --overwrite; done
+	  $(BIN)/ldm-edu pack --model runs/weights/scenes-$$name --out data/pretrained/scenes-$$name $(PACK) --measures.prompts 512; done
 	@$(BIN)/ldm-edu pack --model runs/weights/scenes-superres-regression --out data/pretrained/scenes-superres-regression \
-	  --measures.prompts 512 --measures.steps 1 --measures.seed 1234 --overwrite
+	  $(PACK) --measures.prompts 512 --measures.steps 1
 
 clean-runs:  ## delete runs/
 	@rm -rf runs

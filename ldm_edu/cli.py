@@ -290,6 +290,7 @@ class Pack:
 
     model: str = "runs/diffusion"  # the folder of your model or first stage
     out: Path = Path("runs/packed")  # folder of the copy
+    first_stage: str | None = None  # shipped name of the model's first stage: the copy then refers to it, in place of its weights
     measures: Evaluate = field(default_factory=Evaluate)  # what to measure; its model and out are not used
     overwrite: bool = False  # replace a model that is there
 
@@ -297,7 +298,7 @@ class Pack:
         """Write the copy, measure it, write its card."""
         model = open_model(self.model)
         self.measures.check(model)
-        save(model, self.out, dtype=torch.float16, overwrite=self.overwrite)
+        save(model, self.out, dtype=torch.float16, overwrite=self.overwrite, first_stage=self.first_stage)
         results = self.measures.measure(open_model(self.out))
         write_json(self.out / "card.json", {**model.card, "measured": results})
         size = (self.out / "model.safetensors").stat().st_size / 1e6

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LDMConfig', 'LatentSpace', 'latent_shape', 'fit_maps', 'ConditionalUNet', 'encode_condition', 'asked_size',
            'window_cells', 'draw_latents', 'evaluating', 'tell_training', 'LatentDiffusion', 'build', 'save',
-           'pretrained_folders', 'pretrained_names', 'find_model', 'load_state', 'load', 'load_first_stage']
+           'shared_first_stage', 'pretrained_folders', 'pretrained_names', 'find_model', 'load_state', 'load',
+           'load_first_stage']
 
 # %% ../nbs/14_ldm.ipynb #1a70500c
 """The latent diffusion model: a frozen first stage, a scale factor, a conditioned UNet, and a folder to keep them in.
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .autoencoder import AutoencoderConfig
+from .checkpoint import state_hash
 from .conditioning import Condition, Conditioner, make_conditioner
 from .core import Config, atomic_path, check_images, check_shape, make_generators, read_json, write_json
 from .frozen_text import FrozenTextConditioner  # importing these four modules registers their conditioners
@@ -267,24 +269,40 @@ def build(config: LDMConfig) -> LatentDiffusion:
 
 
 def save(model: nn.Module, folder: str | Path, card: dict | None = None, dtype: torch.dtype | None = None,
-         overwrite: bool = False) -> Path:
+         overwrite: bool = False, first_stage: str | Path | None = None) -> Path:
     """Write a model or a first stage to `folder`: weights as safetensors (in `dtype` if given), config and card as JSON.
 
-    Raises ValueError where the folder holds a model already, unless `overwrite`.
+    `first_stage`: the shipped name of the model's first stage; its weights are then not written again, but found there.
+    Raises ValueError where the folder holds a model already, unless `overwrite`, and where `first_stage` has other weights.
     """
     folder = Path(folder)
     if (folder / "config.json").exists() and not overwrite:
         raise ValueError(f"{folder} holds a model already: choose another folder, or pass overwrite=True")
     kind = "latent-diffusion" if hasattr(model, "first_stage") else "first-stage"
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    shared = {}
+    if first_stage is not None and kind == "first-stage":
+        raise ValueError(f"first_stage: got {str(first_stage)!r} for a model that is a first stage itself, expected a latent diffusion model")
+    if first_stage is not None:
+        mark = state_hash(model.first_stage)
+        shared, known = {"shared_first_stage": [str(first_stage), mark]}, shared_first_stage(first_stage, mark)
+        state = {k: v for k, v in state.items() if k.removeprefix("first_stage.") not in known}
     if dtype is not None:
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / "model.safetensors") as part:
         save_file(state, part)
     write_json(folder / "card.json", card or getattr(model, "card", {}))
-    write_json(folder / "config.json", {"kind": kind, **model.config.to_dict()})
+    write_json(folder / "config.json", {"kind": kind, **model.config.to_dict(), **shared})
     return folder
+
+
+def shared_first_stage(name: str | Path, mark: str) -> dict[str, Tensor]:
+    """The weights of the first stage of that name; raises ValueError unless their `state_hash` is `mark`."""
+    state = load_first_stage(name).state_dict()
+    if state_hash(state) != mark:
+        raise ValueError(f"first stage {str(name)!r}: got weights of hash {state_hash(state)}, expected {mark}: not the ones that this model was trained with")
+    return state
 
 # %% ../nbs/14_ldm.ipynb #54045af1
 def pretrained_folders() -> list[Path]:
@@ -307,14 +325,14 @@ def find_model(name: str | Path) -> Path:
                      f"or one of {', '.join(pretrained_names()) or '(none shipped)'}")
 
 # %% ../nbs/14_ldm.ipynb #bb69224a
-def load_state(module: nn.Module, path: str | Path) -> None:
-    """Load safetensors into `module`, strictly.
+def load_state(module: nn.Module, path: str | Path, beside: Mapping[str, Tensor] | None = None) -> None:
+    """Load safetensors into `module`, strictly; `beside`: tensors that come from elsewhere.
 
     Raises ValueError that names the file and all missing, unexpected and mis-shaped tensors, or says that the file
     is damaged.
     """
     try:
-        state = load_file(path)
+        state = {**load_file(path), **(beside or {})}
     except (SafetensorError, OSError) as err:
         raise ValueError(f"{path}: not a readable safetensors file ({err})") from err
     own = module.state_dict()
@@ -343,8 +361,11 @@ def load(name: str | Path, device: str | torch.device = "cpu") -> LatentDiffusio
     Raises ValueError for an unknown name, a wrong kind of folder, or weights that do not fit.
     """
     folder, values, card = _read(name, "latent-diffusion")
+    shared, beside = values.pop("shared_first_stage", None), {}
+    if shared:
+        beside = {f"first_stage.{key}": value for key, value in shared_first_stage(*shared).items()}
     model = build(LDMConfig.from_dict(values))
-    load_state(model, folder / "model.safetensors")
+    load_state(model, folder / "model.safetensors", beside)
     model.card = card
     return model.to(device).eval()
 

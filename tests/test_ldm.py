@@ -221,3 +221,24 @@ def test_first_picture_from_any_folder_offline_within_ten_seconds(tmp_path, root
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) <= 10, f"{float(done.stdout):.1f} s to the first picture"
+
+
+def test_a_first_stage_that_several_models_share_is_written_once(tmp_path):
+    model = tiny(scale_factor=0.5)
+    stage = L.save(model.first_stage, tmp_path / "stage")
+    slim = L.save(model, tmp_path / "slim", first_stage=stage)
+    assert (slim / "model.safetensors").stat().st_size < 0.9 * (L.save(model, tmp_path / "whole") / "model.safetensors").stat().st_size
+    torch.testing.assert_close(dict(L.load(slim).state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+    other = tiny()
+    torch.nn.init.zeros_(next(other.first_stage.parameters()))
+    with pytest.raises(ValueError, match="not the ones that this model was trained with"):
+        L.save(other, tmp_path / "other", first_stage=stage)
+    with pytest.raises(ValueError, match="is a first stage itself"):
+        L.save(model.first_stage, tmp_path / "other", first_stage=stage)
+    assert not (tmp_path / "other").exists()
+    L.save(other.first_stage, stage, overwrite=True)
+    with pytest.raises(ValueError, match="not the ones that this model was trained with"):
+        L.load(slim)
+    shutil.rmtree(stage)
+    with pytest.raises(ValueError, match=r"model: got .*stage"):
+        L.load(slim)
