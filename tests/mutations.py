@@ -66,6 +66,9 @@ BUGS = {
     20: Bug("A function changes its caller's tensor.", "lucidrains"),
     21: Bug("A seed means another picture beside other pictures, in another batch or on another device.", "most"),
     22: Bug("Outpainting is logged with the mask of inpainting.", "CompVis"),
+    23: Bug("A ported network differs in what no shape shows, or a checkpoint loads in part, and nobody is told.",
+            f"[LDM #87]({_GITHUB}/CompVis/latent-diffusion/issues/87), weight ports"),
+    24: Bug("Opening a file of weights runs the code that its pickle brings.", "torch.load, for years by default"),
 }
 
 WAITING: tuple[Waiting, ...] = ()
@@ -390,6 +393,29 @@ MUTATIONS = (
        "randn(self.mean.shape, generator,", "randn(self.mean.shape, None,", "test_autoencoder.py::test_sample_does_not_depend_on_the_batch"),
     _m(21, "2M SDE uses the first picture's generator for all", "solvers.dpmpp_2m_sde",
        "randn(x_t.shape, generator,", "randn(x_t.shape, generator[0] if generator else None,", "test_samplers.py::test_alone_equals_batch"),
+    # 23 weights of others
+    _m(23, "keys and values of cross-attention change places", "keymaps",
+       '("attn2.to_k", "attn2.to_v")', '("attn2.to_v", "attn2.to_k")', "test_unet.py::test_parity_with_diffusers"),
+    _m(23, "the way up of diffusers' first stage is not turned round", "keymaps.first_stage_entries",
+       "levels - 1 - int(m[1])", "int(m[1])", "test_keymaps.py::test_names_of_first_stages_in_diffusers"),
+    _m(23, "upsamplings without attention before them keep the place of those with it", "keymaps.unet_place",
+       "{2 if attended else 1}", "{2}", "test_keymaps.py::test_original_names_of_stable_diffusion"),
+    _m(23, "tensors that nobody asked for are passed over in silence", "keymaps.to_ours",
+       'for name in sorted(set(state) - wanted)', "for name in ()", "test_keymaps.py::test_all_faults_are_told_at_once"),
+    _m(23, "CLIP's text encoder looks ahead", "clip_text.ClipAttention.forward",
+       "is_causal=True", "is_causal=False", "test_clip_text.py::test_a_token_reads_only_what_stands_before_it"),
+    _m(15, "the original's rows by head are read as if they were ours", "keymaps._by_kind",
+       '"(heads three d) ... -> (three heads d) ..."', '"(three heads d) ... -> (three heads d) ..."', "test_keymaps.py::test_unet_there_and_back_bit_for_bit"),
+    _m(15, "rows are written in our order where the original sorts them by head", "keymaps._by_head",
+       '"(three heads d) ... -> (heads three d) ..."', '"(three heads d) ... -> (three heads d) ..."',
+       "test_keymaps.py::test_plain_attention_is_read_in_the_order_of_its_rows"),
+    _m(11, "the last weights are taken where the averaged ones were asked for", "weight_files.split_checkpoint",
+       "Checkpoint(mean if chosen else last,", "Checkpoint(last or mean,", "test_weight_files.py::test_a_released_checkpoint_comes_apart"),
+    # 24 code in files
+    _m(24, "a name of attributes is followed", "weight_files.RestrictedUnpickler.find_class",
+       'if "." in name:', 'if "" in name and False:', "test_weight_files.py::test_a_payload_behind_a_placeholder_is_refused"),
+    _m(24, "whatever a pickle names is looked up", "weight_files.RestrictedUnpickler.find_class",
+       "(module, name) in BUILDERS or", "True or", "test_weight_files.py::test_a_payload_is_refused_and_not_run"),
     # editing: the faults above where pictures are edited
     _m(1, "an edit scales its noise by 1 - alphas_cumprod", "editing.noised_to",
        "math.sqrt(1 - acp) * noise", "(1 - acp) * noise", "test_editing.py::test_sdedit_of_a_gaussian_is_noise_and_exact_flow"),
