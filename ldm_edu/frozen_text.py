@@ -31,11 +31,14 @@ def load_clip(name: str) -> tuple[nn.Module, object]:
     except ImportError as err:
         raise RuntimeError("a frozen CLIP text encoder needs the transformers library: pip install transformers") from err
     try:
-        encoder, tokenizer = CLIPTextModel.from_pretrained(name, use_safetensors=True), CLIPTokenizer.from_pretrained(name)
+        encoder, info = CLIPTextModel.from_pretrained(name, use_safetensors=True, output_loading_info=True)
+        tokenizer = CLIPTokenizer.from_pretrained(name)
     except (OSError, ValueError) as err:
         reason = str(err).strip().split("\n")[0]
         raise ValueError(f"text encoder {name!r}: expected the name of a CLIP model on the hub, or a folder with its config.json, "
                          f"model.safetensors, vocab.json and merges.txt ({reason})") from err
+    if missing := sorted(info["missing_keys"]):  # they would be random, and other ones each time
+        raise ValueError(f"text encoder {name!r}: {len(missing)} tensors are missing from its model.safetensors, for example {missing[0]}")
     return encoder.eval().requires_grad_(False), tokenizer
 
 # %% ../nbs/96b_frozen_text.ipynb #a600493c

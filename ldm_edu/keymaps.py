@@ -124,7 +124,7 @@ def unet_entries(unet: nn.Module, layout: str = "compvis", linear: bool = False)
     config, entries = unet.config, []
     if config.c_dim is not None or config.cross_levels is not None:
         raise ValueError(f"got a UNet with c_dim {config.c_dim} and cross_levels {config.cross_levels}, expected neither: the layout {layout!r} has no names for them")
-    for name, tensor in unet.state_dict().items():
+    for name in unet.state_dict():
         stem, kind = name.rsplit(".", 1)
         if stem in ENDS[layout]:
             entries.append(Entry(name, (f"{ENDS[layout][stem]}.{kind}",)))
@@ -169,7 +169,7 @@ def first_stage_entries(stage: nn.Module, layout: str = "compvis") -> list[Entry
     return entries
 
 # %% ../nbs/99_keymaps.ipynb #eb678bc5
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of diffusers before 0.12
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of older versions of diffusers
 
 
 def newest_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -178,7 +178,7 @@ def newest_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {rename(name): tensor for name, tensor in state.items()}
 
 
-def check_bijective(entries: Iterable[Entry]) -> None:
+def check_bijective(entries: list[Entry]) -> None:
     """Raise ValueError where two entries share a name of ours or of theirs: nothing may be read twice or lost."""
     ours, theirs = [e.ours for e in entries], [name for e in entries for name in e.theirs]
     for kind, names in (("ours", ours), ("theirs", theirs)):
@@ -187,7 +187,7 @@ def check_bijective(entries: Iterable[Entry]) -> None:
 
 # %% ../nbs/99_keymaps.ipynb #732e1c93
 def from_ours(entries: Iterable[Entry], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict under their names and in their shapes; values are copied bit for bit."""
+    """Our state dict under their names and in their shapes: the same bits, as views of ours where possible (clone before changing them)."""
     out = {}
     for entry in entries:
         out.update(zip(entry.theirs, (x.contiguous() for x in JOINS[entry.how][1](state[entry.ours], entry)), strict=True))
@@ -197,9 +197,12 @@ def from_ours(entries: Iterable[Entry], state: Mapping[str, Tensor]) -> dict[str
 def to_ours(entries: list[Entry], state: Mapping[str, Tensor], module: nn.Module, where: str = "the file") -> dict[str, Tensor]:
     """Their state dict under our names and in our shapes, in the module's types, ready for a strict `load_state_dict`.
 
-    Raises one ValueError with all tensors that are missing, that nobody asked for, and whose shape does not fit.
+    Raises one ValueError with the number of tensors that are missing, that nobody asked for and whose shape does not fit, the first
+    of them by name; and for entries that do not cover the module (but for averages of a codebook, which stay the module's own).
     """
     own, out = module.state_dict(), {}
+    if uncovered := {name for name in own if not name.startswith("quantize.average")} - {entry.ours for entry in entries}:
+        raise ValueError(f"map: got no entry for {len(uncovered)} tensors of {type(module).__name__}, for example {min(uncovered)}, expected one for each")
     wanted = {name for entry in entries for name in entry.theirs}
     faults = [f"missing {name}" for name in sorted(wanted - set(state))] + [f"unexpected {name}" for name in sorted(set(state) - wanted)]
     for entry in entries:
@@ -210,7 +213,7 @@ def to_ours(entries: list[Entry], state: Mapping[str, Tensor], module: nn.Module
         odd = [name for name, part in zip(entry.theirs, parts) if as_matrix(part).shape != as_matrix(expected[name]).shape]
         faults += [f"{name}: got {tuple(state[name].shape)}, expected {tuple(expected[name].shape)}" for name in odd]
         if not odd:
-            out[entry.ours] = JOINS[entry.how][0](parts, entry).to(target.dtype)
+            out[entry.ours] = JOINS[entry.how][0](parts, entry).to(target.dtype).reshape(target.shape)
     if faults:
         raise ValueError(tell_faults(where, faults, len(wanted), len(wanted & set(state))))
     return {**{name: tensor for name, tensor in own.items() if name not in out}, **out}

@@ -7,6 +7,7 @@ from ldm_edu.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm_edu.keymaps import first_stage_entries, from_ours
 from ldm_edu.quantize import AutoencoderVQ
 
+
 def to_reference(model: AutoencoderKL | AutoencoderVQ) -> dict[str, torch.Tensor]:
     """Our state dict under diffusers' names; the 1x1 convolutions of attention become matrices."""
     return from_ours(first_stage_entries(model, "diffusers"), model.state_dict())

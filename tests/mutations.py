@@ -416,6 +416,8 @@ MUTATIONS = (
        'if "." in name:', 'if "" in name and False:', "test_weight_files.py::test_a_payload_behind_a_placeholder_is_refused"),
     _m(24, "whatever a pickle names is looked up", "weight_files.RestrictedUnpickler.find_class",
        "(module, name) in BUILDERS or", "True or", "test_weight_files.py::test_a_payload_is_refused_and_not_run"),
+    _m(24, "a pickle may set attributes on functions and classes of torch", "weight_files.RestrictedUnpickler.load_build",
+       "if not isinstance(self.stack[-2], (Placeholder, OrderedDict)):", "if False:", "test_weight_files.py::test_a_pickle_cannot_change_what_it_names"),
     # editing: the faults above where pictures are edited
     _m(1, "an edit scales its noise by 1 - alphas_cumprod", "editing.noised_to",
        "math.sqrt(1 - acp) * noise", "(1 - acp) * noise", "test_editing.py::test_sdedit_of_a_gaussian_is_noise_and_exact_flow"),

@@ -109,6 +109,17 @@ def test_bad_requests_are_named(clip, tmp_path):
         load_clip(str(tmp_path / "nowhere"))
 
 
+def test_an_incomplete_encoder_is_refused(clip, tmp_path):
+    """Its missing weights would be random, and other ones each time."""
+    from safetensors.torch import load_file, save_file
+
+    folder = make_clip(tmp_path / "cut")
+    state = load_file(folder / "model.safetensors")
+    save_file(dict(list(state.items())[:5]), folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{len(state) - 5} tensors are missing"):
+        load_clip(str(folder))
+
+
 def test_pickles_are_not_read(clip, tmp_path):
     folder = make_clip(tmp_path / "pickled")
     torch.save(transformers.CLIPTextModel.from_pretrained(str(folder)).state_dict(), folder / "pytorch_model.bin")

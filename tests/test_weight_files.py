@@ -71,7 +71,7 @@ def test_a_payload_is_refused_and_not_run(tmp_path, payload, legacy):
         path.write_bytes(pickle.dumps({"a": asks}, protocol=0 if legacy else 4))
     else:
         torch.save({"state_dict": STATE, "x": asks}, path, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(ValueError, match=r"m.ckpt: refused, nothing of it was run: the pickle asks for \w+\.\w+"):
+    with pytest.raises(ValueError, match=r"m.ckpt: refused before anything was called that does not build tensors or containers: the pickle asks for \w+\.\w+"):
         W.read_tensors(path)
     assert not mark.exists()
 
@@ -87,6 +87,43 @@ def test_a_payload_behind_a_placeholder_is_refused(tmp_path):
     path.write_bytes(b"\x80\x04\x8c\x05numpy\x8c\x0aos.system  \x93\x8c\x04echo\x85R.")
     with pytest.raises(ValueError):
         W.read_tensors(path)
+
+
+@pytest.mark.parametrize("target", ["torch._utils _rebuild_tensor_v2", "torch UntypedStorage", "collections OrderedDict"])
+def test_a_pickle_cannot_change_what_it_names(tmp_path, target):
+    """Setting attributes on a function or class would last for the whole process."""
+    module, name = target.split()
+    path = tmp_path / "m.ckpt"
+    path.write_bytes(b"\x80\x04c" + module.encode() + b"\n" + name.encode() + b"\n}\x8c\x0c__defaults__K\x01\x85sb.")
+    before = torch._utils._rebuild_tensor_v2.__defaults__
+    with pytest.raises(ValueError, match="refused.*the pickle changes"):
+        W.read_tensors(path)
+    assert torch._utils._rebuild_tensor_v2.__defaults__ == before and not hasattr(torch.UntypedStorage, "__defaults__")
+
+
+class Program(torch.nn.Module):
+    @torch.jit.export
+    def __getstate__(self):
+        return 1, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[int, bool]):
+        print("a program ran")
+        self.training = state[1]
+
+    def forward(self, x: torch.Tensor):
+        return x
+
+
+def test_a_program_is_refused_and_not_run(tmp_path, capfd):
+    """torch.load hands TorchScript archives to another reader, which runs them."""
+    torch.jit.save(torch.jit.script(Program()), str(tmp_path / "m.ckpt"))
+    capfd.readouterr()
+    with pytest.raises(ValueError, match="refused.*TorchScript archive, a program"):
+        W.read_tensors(tmp_path / "m.ckpt")
+    assert "ran" not in capfd.readouterr().out
+    torch.load(tmp_path / "m.ckpt", weights_only=False)  # the danger is real
+    assert "a program ran" in capfd.readouterr().out
 
 
 def test_damaged_and_foreign_files_are_named(tmp_path):
@@ -134,5 +171,8 @@ def test_averaged_or_last_is_a_choice():
         W.split_checkpoint(released(ema=False)[0], names, ema=True)
     with pytest.raises(ValueError, match="no last weights.*ema=True"):
         W.split_checkpoint(released(last=False)[0], names, ema=False)
+    for ema in (None, True, False):
+        with pytest.raises(ValueError, match="averaged weights of a UNet with other names"):
+            W.split_checkpoint(both, ["another.weight"], ema)
     with pytest.raises(ValueError, match="vae.ckpt: got no UNet.*encoder"):
         W.split_checkpoint({"encoder.conv_in.weight": torch.ones(1)}, names, where="vae.ckpt")
