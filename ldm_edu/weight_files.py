@@ -12,7 +12,6 @@ __all__ = ['BUILDERS', 'INERT', 'RESTRICTED', 'SCHEDULE', 'UNET', 'EMA', 'STAGE'
 It knows files and what belongs together in them, and leaves names to `keymaps`.
 """
 import pickle
-import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -92,7 +91,9 @@ RESTRICTED = SimpleNamespace(__name__="restricted pickle", Unpickler=RestrictedU
 
 def check_no_program(path: Path) -> None:
     """Raise RefusedPickle for a TorchScript archive: `torch.load` would run it, past any unpickler."""
-    if zipfile.is_zipfile(path) and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+    with path.open("rb") as file:
+        archive = file.read(4) == b"PK\x03\x04"  # asked as torch asks, so that no file is one thing to us and another to torch
+    if archive and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
         raise RefusedPickle("the file is a TorchScript archive, a program")
 
 
