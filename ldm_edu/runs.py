@@ -254,7 +254,7 @@ def optimizer_tensors(model: nn.Module, optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(model: nn.Module, optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Undo `optimizer_tensors`."""
+    """Undo `optimizer_tensors`; moments lie in memory as their parameters do, which fused updates count on."""
     names = {id(p): name for name, p in model.named_parameters()}
     by_name = {}
     for key, value in tensors.items():
@@ -262,7 +262,9 @@ def restore_optimizer(model: nn.Module, optimizer, tensors: Mapping[str, Tensor]
         by_name.setdefault(name, {})[kind] = value
     state = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state["state"] = {i: by_name[names[id(p)]] for i, p in enumerate(parameters) if names[id(p)] in by_name}
+    alike = lambda value, p: torch.empty_like(p, dtype=value.dtype, device=value.device).copy_(value) if value.shape == p.shape else value
+    state["state"] = {i: {kind: alike(value, p) for kind, value in by_name[names[id(p)]].items()}
+                      for i, p in enumerate(parameters) if names[id(p)] in by_name}
     optimizer.load_state_dict(state)
 
 # %% ../nbs/94_runs.ipynb #590a6f8f

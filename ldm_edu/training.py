@@ -482,6 +482,8 @@ def start_run(task: TrainingTask, dataset, config: TrainConfig, out: Path, valid
     check_folder(out, identity, resume, CHANGEABLE)
     accelerator.wait_for_everyone()
     task.model.to(accelerator.device).train()
+    if accelerator.device.type == "cuda" and config.precision != "fp32":
+        task.model.to(memory_format=torch.channels_last)  # what half-precision convolutions read without copies
     ema = EMA(task.model, config.ema_decay, config.ema_warmup)
     wrapped, *optimizers = accelerator.prepare(task.model, *(make_optimizer(task, config, accelerator.device, p) for p in task.parts))
     ema.load(task.model.state_dict())  # all processes start from the weights of the first

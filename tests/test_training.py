@@ -34,7 +34,7 @@ from ldm_edu.checkpoint import (
     state_hash,
 )
 from ldm_edu.core import Config
-from ldm_edu.runs import collate_items, seed_globals, slice_batch
+from ldm_edu.runs import collate_items, optimizer_tensors, restore_optimizer, seed_globals, slice_batch
 from ldm_edu.training import (
     EMA,
     NonFiniteLoss,
@@ -840,3 +840,31 @@ def test_flipped_pictures_are_whole_pictures(tmp_path):
             mirrored += flipped
             assert flipped or torch.equal(image, data.images[index])
     assert 0.35 < mirrored / (12 * 16) < 0.65
+
+
+def test_restored_moments_lie_in_memory_as_their_parameters_do():
+    """A fused update walks parameter, gradient and moments side by side: other strides would pair other elements."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+
+    def make():
+        torch.manual_seed(1)
+        net = torch.nn.Conv2d(3, 6, 3).to(memory_format=torch.channels_last)
+        return net, torch.optim.AdamW(net.parameters(), lr=1e-2, fused=True)
+
+    def step(net, optimizer):
+        net(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    net, optimizer = make()
+    step(net, optimizer)
+    saved = {name: value.contiguous().clone() for name, value in optimizer_tensors(net, optimizer).items()}
+    other, restored = make()
+    other.load_state_dict(net.state_dict())
+    restore_optimizer(other, restored, saved)
+    for p in other.parameters():
+        assert restored.state[p]["exp_avg"].stride() == p.stride()
+    step(net, optimizer)
+    step(other, restored)
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), net.parameters(), strict=True))
