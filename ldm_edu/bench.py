@@ -13,6 +13,7 @@ __all__ = ['CLOCKS', 'wait', 'take_turns', 'others_seconds', 'time_jobs', 'pair_
 Nothing is timed before its answers agree. What is compared, and how that is checked, is in contenders.
 """
 import contextlib
+import ctypes
 import datetime
 import gc
 import importlib.metadata
@@ -181,6 +182,9 @@ def _grow(name: str, what: str, setting: str, batch: str, steps: str, threads: s
     c = Contender(setting, peer(workload, net) if setting.library == "diffusers" else net, workload, what)
     del net
     job = make_job(c, int(batch), int(steps))
+    gc.collect()
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)  # what building has freed would hide growth
     Path("/proc/self/clear_refs").write_text("5")  # forget the highest mark so far
     before = _resident("VmRSS")
     job(), job()
@@ -206,9 +210,9 @@ def bench_facts(device: str) -> dict:
     """What a figure depends on besides the code: machine, instructions for bfloat16, threads, versions, date."""
     info = Path("/proc/cpuinfo")
     flags = set(re.findall(r"\b(?:amx_bf16|avx512_bf16|avx512f|avx2)\b", info.read_text())) if info.exists() else set()
-    versions = {name: importlib.metadata.version(name) if importlib.util.find_spec(name) else None for name in ("torch", "diffusers")}
+    peer_version = importlib.metadata.version("diffusers") if importlib.util.find_spec("diffusers") else None
     return {"machine": machine(), "device": device, "cpu_instructions": sorted(flags), "threads": torch.get_num_threads(), "python": platform.python_version(),
-            **versions, "commit": code_version(), "date": datetime.date.today().isoformat()}
+            "torch": torch.__version__, "diffusers": peer_version, "commit": code_version(), "date": datetime.date.today().isoformat()}
 
 # %% ../nbs/99e_bench.ipynb #b5070429
 def warm_up(jobs: dict[str, Callable], settings: dict[str, Setting], device, warm: int, tell: Callable[[str], None]) -> dict[str, float]:
