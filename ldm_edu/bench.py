@@ -142,7 +142,7 @@ def job_flops(workload: Workload, what: str, batch: int, steps: int) -> int:
     return forward_flops(workload, what) * batch * times
 
 
-def matrix_rate(device, precision: str = "fp32", enough: float = 0.05, largest: int = 8192) -> float:
+def matrix_rate(device, precision: str = "fp32", clock: str = "wall", enough: float = 0.05, largest: int = 8192) -> float:
     """TFLOP/s of the product of two square matrices in a precision's arithmetic: what the machine gives at best, measured.
 
     Matrices grow up to `largest` until a product takes `enough` seconds: machines differ by five orders of magnitude.
@@ -152,7 +152,7 @@ def matrix_rate(device, precision: str = "fp32", enough: float = 0.05, largest: 
         while True:
             n *= 2
             a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-            best = min(take_turns({"product": lambda a=a, b=b: a @ b}, 4, device)["product"])
+            best = min(take_turns({"product": lambda a=a, b=b: a @ b}, 8, device, CLOCKS[clock])["product"])
             if best >= enough or n >= largest:
                 return 2 * n**3 / best / 1e12
 
@@ -255,7 +255,7 @@ def compare(name: str, what: str, settings: list[Setting], device: str = "cpu", 
     seconds, others = time_jobs(jobs, rounds, device, clock)
     peaks = {key: resident_growth(name, what, s, batch, steps) for key, s in by_name.items()} if memory and device == "cpu" else {
         key: peak_memory(job, device) for key, job in jobs.items()}
-    rates = {precision: matrix_rate(device, precision) for precision in sorted({s.precision for s in settings})}
+    rates = {precision: matrix_rate(device, precision, clock) for precision in sorted({s.precision for s in settings})}
     rows = rows_of(seconds, batch * (steps / 50 if what == "sample" else 1), job_flops(workload, what, batch, steps),
                    {key: rates[s.precision] for key, s in by_name.items()}, peaks)
     return {"workload": name, "what": what, "batch": batch, "steps": steps if what == "sample" else None, "rounds": rounds, "clock": clock, **facts,

@@ -157,12 +157,13 @@ def _unet_values(config: UNetConfig, sample_size: int) -> dict:
     """Our UNet's config as diffusers', with the class that reads it."""
     plain, widths = config.context_dim is None, [config.model_channels * mult for mult in config.ch_mult]
     name = "AttnDownBlock2D" if plain else "CrossAttnDownBlock2D"
-    down = [name if factor in config.attention_levels else "DownBlock2D" for factor in config.factors]
+    other = "ResnetDownsampleBlock2D" if config.resblock_updown else "DownBlock2D"  # the plain one knows convolutions only
+    down = [name if factor in config.attention_levels else other for factor in config.factors]
     values = {
         "_class_name": "UNet2DModel" if plain else "UNet2DConditionModel", "sample_size": sample_size, "in_channels": config.in_channels,
         "out_channels": config.out_channels, "block_out_channels": widths, "layers_per_block": config.num_res_blocks, "norm_num_groups": config.num_groups,
         "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "down_block_types": down,
-        "up_block_types": [kind.replace("Down", "Up") for kind in down[::-1]], "resnet_time_scale_shift": "scale_shift" if config.use_scale_shift_norm else "default",
+        "up_block_types": [kind.replace("Downs", "Ups").replace("Down", "Up") for kind in down[::-1]], "resnet_time_scale_shift": "scale_shift" if config.use_scale_shift_norm else "default",
     }
     if plain:
         kind = "resnet" if config.resblock_updown else "conv"

@@ -31,7 +31,7 @@ def tiny(monkeypatch):
     """The small workloads by name, and a matrix rate that costs nothing."""
     for name, workload in (("T", TINY), ("P", PLAIN), ("A", STAGE)):
         monkeypatch.setitem(WORKLOADS, name, workload)
-    monkeypatch.setattr(bench, "matrix_rate", lambda device, precision: 0.5)
+    monkeypatch.setattr(bench, "matrix_rate", lambda device, precision, clock: 0.5)
 
 
 # ------------------------------------------------------------------------------------------------ workloads and settings
@@ -114,6 +114,7 @@ CONFIGS = {
     "heads": Workload(TINY.model.replace(heads=4, head_dim=None, transformer_depth=2), 8, 3),
     "scale shift": Workload(TINY.model.replace(use_scale_shift_norm=True), 8, 3),
     "big gan": Workload(PLAIN.model.replace(resblock_updown=True, use_scale_shift_norm=True, attention_levels=(1, 2)), 8),
+    "big gan, half attended": Workload(PLAIN.model.replace(resblock_updown=True, ch_mult=(1, 2, 2), attention_levels=(2,)), 8),
     "no attention": Workload(STAGE.model.replace(mid_attention=False), 16),
 }
 
@@ -424,12 +425,13 @@ def test_the_matrix_rate_is_operations_over_the_best_time(monkeypatch):
     assert matrix_rate("cpu", "fp32", enough=1e9, largest=256) > 0
     sizes = []
 
-    def turns(jobs, rounds, device):
+    def turns(jobs, rounds, device, clock):
+        assert clock is bench.time.process_time
         product = next(iter(jobs.values()))()
         sizes.append((len(product), product.dtype))
         return {"product": [4.0, 2.0 if len(product) == 512 else 1e-3, 8.0]}
     monkeypatch.setattr(bench, "take_turns", turns)
-    assert matrix_rate("cpu", "bf16", enough=1.0, largest=1024) == 2 * 512**3 / 2.0 / 1e12
+    assert matrix_rate("cpu", "bf16", "cpu", enough=1.0, largest=1024) == 2 * 512**3 / 2.0 / 1e12
     assert sizes == [(256, torch.bfloat16), (512, torch.bfloat16)], "grown until a product takes long enough"
 
 
