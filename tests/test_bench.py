@@ -13,10 +13,41 @@ from torch import nn
 
 from ldm_edu import bench, cli, contenders
 from ldm_edu.autoencoder import AutoencoderConfig
-from ldm_edu.bench import (compare, forward_flops, job_flops, matrix_rate, others_seconds, pair_ratios, peak_memory, resident_growth, rows_of, speed_table,
-                           take_turns, time_jobs, warm_up)
-from ldm_edu.contenders import (SETS, WORKLOADS, Contender, Remembered, Setting, Workload, agreement, check_job, check_settings, conditions, contend, inputs,
-                                make_job, parts_of, peer, relative, settings_of, tf32)
+from ldm_edu.bench import (
+    compare,
+    forward_flops,
+    job_flops,
+    matrix_rate,
+    others_seconds,
+    pair_ratios,
+    peak_memory,
+    resident_growth,
+    rows_of,
+    speed_table,
+    take_turns,
+    time_jobs,
+    warm_up,
+)
+from ldm_edu.contenders import (
+    SETS,
+    WORKLOADS,
+    Contender,
+    Remembered,
+    Setting,
+    Workload,
+    agreement,
+    check_job,
+    check_settings,
+    conditions,
+    contend,
+    inputs,
+    make_job,
+    parts_of,
+    peer,
+    relative,
+    settings_of,
+    tf32,
+)
 from ldm_edu.unet import UNetConfig
 
 TINY = Workload(UNetConfig(4, 4, 32, (1, 2), 1, (1, 2), head_dim=16, context_dim=24, num_groups=8), 8, 3, 2, 2)
