@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLOCKS', 'wait', 'take_turns', 'others_seconds', 'time_jobs', 'pair_ratios', 'rows_of', 'speed_table',
            'forward_flops', 'job_flops', 'matrix_rate', 'peak_memory', 'resident_growth', 'bench_facts', 'warm_up',
-           'compare']
+           'compare_speed']
 
 # %% ../nbs/99e_bench.ipynb #7be1193f
 """Speed and memory of contenders: one process, taking turns, the median of the pairs' ratios, against the machine's measured rate.
@@ -235,8 +235,8 @@ def warm_up(jobs: dict[str, Callable], settings: dict[str, Setting], device, war
     return gaps
 
 
-def compare(name: str, what: str, settings: list[Setting], device: str = "cpu", rounds: int = 7, batch: int | None = None, steps: int = 5,
-            warm: int = 3, memory: bool = False, clock: str = "wall", tell: Callable[[str], None] = lambda line: None) -> dict:
+def compare_speed(name: str, what: str, settings: list[Setting], device: str = "cpu", rounds: int = 7, batch: int | None = None, steps: int = 5,
+                  warm: int = 3, memory: bool = False, clock: str = "wall", tell: Callable[[str], None] = lambda line: None) -> dict:
     """Check that settings agree, time them in turns, the first being what the others are measured by, and say all that matters.
 
     `steps`: sampling steps timed, of 50. `memory`: on a CPU, measure each contender in a process of its own. `tell` hears of progress.

@@ -22,7 +22,7 @@ import tyro
 
 from .asking import Asked, gather_prompts
 from .autoencoder import AutoencoderConfig
-from .bench import compare, speed_table
+from .bench import compare_speed, speed_table
 from .captions import parse_caption
 from .contenders import Setting, settings_of
 from .core import check_choice, default_device, read_json, write_json, write_text
@@ -440,7 +440,7 @@ class Bench:
             raise ValueError(f"{taken[0]} exists already: choose another --out, or pass --overwrite" if taken else f"out: got {out}, expected a name for JSON")
         torch.set_num_threads(self.threads or torch.get_num_threads())
         tell = lambda line: print(line, file=sys.stderr, flush=True)
-        result = compare(self.workload, self.what, settings, device, self.rounds, self.batch, self.steps, self.warm, self.memory, self.clock, tell)
+        result = compare_speed(self.workload, self.what, settings, device, self.rounds, self.batch, self.steps, self.warm, self.memory, self.clock, tell)
         write_json(out, result)
         write_text(out.with_suffix(".md"), speed_table(result))
         print(speed_table(result))

@@ -14,7 +14,7 @@ from torch import nn
 from ldm_edu import bench, cli, contenders
 from ldm_edu.autoencoder import AutoencoderConfig
 from ldm_edu.bench import (
-    compare,
+    compare_speed,
     forward_flops,
     job_flops,
     matrix_rate,
@@ -486,7 +486,7 @@ def test_a_failing_child_is_heard(monkeypatch):
 # ------------------------------------------------------------------------------------------------ the whole
 def test_a_comparison_says_what_its_figures_depend_on(tiny):
     heard = []
-    result = compare("T", "sample", [THEIRS, OURS, Setting(keep_context=True)], rounds=3, batch=2, steps=2, warm=1, tell=heard.append)
+    result = compare_speed("T", "sample", [THEIRS, OURS, Setting(keep_context=True)], rounds=3, batch=2, steps=2, warm=1, tell=heard.append)
     assert json.loads(json.dumps(result)) == result
     assert {"machine", "device", "cpu_instructions", "threads", "python", "torch", "diffusers", "commit", "date", "others_share_of_machine", "matrix_tflops",
             "parameters", "agreement", "result_difference", "clock"} <= set(result)
@@ -499,12 +499,12 @@ def test_a_comparison_says_what_its_figures_depend_on(tiny):
     assert result["matrix_tflops"] == {"fp32": 0.5} and result["rows"][0]["ratio"] == 1 and len(heard) == 3
     table = speed_table(result)
     assert "T sample, batch 2, 2 of 50 guided steps, 3 rounds" in table and torch.__version__ in table and table.count("\n| ") == 4
-    assert speed_table(compare("A", "encode", [OURS], rounds=2, warm=1)).count("guided") == 0
+    assert speed_table(compare_speed("A", "encode", [OURS], rounds=2, warm=1)).count("guided") == 0
 
 
 def test_memory_is_measured_in_children_when_asked_for(tiny, monkeypatch):
     monkeypatch.setattr(bench, "resident_growth", lambda name, what, setting, batch, steps: len(setting.name))
-    rows = compare("P", "train", [THEIRS, OURS], rounds=2, warm=1, memory=True)["rows"]
+    rows = compare_speed("P", "train", [THEIRS, OURS], rounds=2, warm=1, memory=True)["rows"]
     assert [row["peak_mib"] for row in rows] == [len("diffusers+fp32"), len("ldm_edu+fp32")]
 
 
@@ -512,14 +512,14 @@ def test_memory_is_measured_in_children_when_asked_for(tiny, monkeypatch):
 def test_a_processor_without_bfloat16_is_said(tiny, monkeypatch, instructions):
     heard, facts = [], bench.bench_facts("cpu")
     monkeypatch.setattr(bench, "bench_facts", lambda device: {**facts, "cpu_instructions": instructions})
-    compare("T", "train", [OURS, Setting(precision="autocast")], rounds=2, warm=1, tell=heard.append)
+    compare_speed("T", "train", [OURS, Setting(precision="autocast")], rounds=2, warm=1, tell=heard.append)
     assert any("no instructions for bfloat16" in line for line in heard) == (instructions == ["avx2"])
 
 
 @pytest.mark.parametrize("values", [{"steps": 0}, {"steps": 51}, {"rounds": 1}, {"warm": 0}, {"batch": 0}])
 def test_bad_numbers_are_refused(values):
     with pytest.raises(ValueError, match=f"{next(iter(values))}={next(iter(values.values()))}"):
-        compare("S8", "sample", [OURS], **values)
+        compare_speed("S8", "sample", [OURS], **values)
 
 
 def test_contenders_that_do_not_agree_are_never_timed(tiny, monkeypatch):
@@ -533,7 +533,7 @@ def test_contenders_that_do_not_agree_are_never_timed(tiny, monkeypatch):
     monkeypatch.setattr(contenders, "peer", wrong)
     monkeypatch.setattr(bench, "take_turns", lambda *_, **__: pytest.fail("timed"))
     with pytest.raises(RuntimeError, match="not the same network"):
-        compare("T", "train", [THEIRS, OURS])
+        compare_speed("T", "train", [THEIRS, OURS])
 
 
 # ------------------------------------------------------------------------------------------------ command line
