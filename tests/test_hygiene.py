@@ -76,7 +76,7 @@ def test_imports_have_no_cycle():
 
 def test_libraries_stay_in_their_modules():
     where = {"matplotlib": {"viz"}, "ipywidgets": {"widgets"}, "tyro": {"cli"}, "accelerate": {"training"},
-             "fastcore": set(), "nbdev": set(), "diffusers": set(), "transformers": {"frozen_text"},
+             "fastcore": set(), "nbdev": set(), "diffusers": set(), "transformers": set(), "huggingface_hub": {"frozen_text"},
              "torchmetrics": {"evaluation"}, "torch_fidelity": {"evaluation"}}
     for path in modules():
         for package, allowed in where.items():
