@@ -165,6 +165,11 @@ class FrozenTextConditioner(Conditioner):
         self.anchor = nn.Parameter(torch.empty(0), requires_grad=False)
         self.pool = nn.Linear(width, width) if config.pooled else None
 
+    @property
+    def clip(self) -> tuple[ClipText, ClipTokenizer]:
+        """The encoder and its tokenizer."""
+        return self._encoder[0], self.tokenizer
+
     @torch.no_grad()
     def encode(self, ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (b, n, width) and the last real token's (b, width) of token numbers (b, n); `real` (b, n) bool, True = no padding."""
