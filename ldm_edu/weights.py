@@ -82,15 +82,16 @@ def assemble(config: LDMConfig, conditioner: Conditioner | None = None) -> Laten
 # %% ../nbs/23_real_weights.ipynb #6b836c93
 def check_tables(found: Mapping[str, Tensor], config: LDMConfig, scale_factor: float | None) -> None:
     """Raise ValueError where a file's noise tables or its scale factor are not those of the config."""
-    schedule = schedule_from_config(config.schedule)
+    schedule, faults = schedule_from_config(config.schedule), []
     for name in ("betas", "alphas_cumprod"):
         if name in found:
             expected, got = getattr(schedule, name).double(), found[name].double()
             gap = (got - expected).abs().max().item() if got.shape == expected.shape else float("inf")
-            if not gap <= 1e-5:
-                raise ValueError(f"{name}: got {len(got)} values that differ from the config's {len(expected)} by {gap:.2g}, expected the same within 1e-05")
+            faults += [] if gap <= 1e-5 else [f"{name}: got {len(got)} values that differ from the config's {len(expected)} by {gap:.2g}, expected the same within 1e-05"]
     if scale_factor is not None and not abs(scale_factor / config.scale_factor - 1) < 1e-5:
-        raise ValueError(f"scale_factor: got {scale_factor} in the file, expected {config.scale_factor}")
+        faults.append(f"scale_factor: got {scale_factor} in the file, expected {config.scale_factor}")
+    if faults:
+        raise ValueError("; ".join(faults))
 
 
 def recognise(unet: Mapping[str, Tensor]) -> list[str]:
