@@ -142,7 +142,7 @@ def test_a_text_model_of_ours_opens_in_diffusers(clip, tmp_path):
     assert again.config == model.config.replace(conditioner=again.config.conditioner)
 
 
-@pytest.mark.parametrize("stage", [KL, VQ], ids=["kl", "vq"])
+@pytest.mark.parametrize("stage", [KL, KL.replace(mid_attention=False, attention_levels=(1,)), VQ], ids=["kl", "kl without attention in the middle", "vq"])
 @pytest.mark.parametrize("unet", [{}, {"use_scale_shift_norm": True, "resblock_updown": True}], ids=["plain", "AdaGN and resblock_updown"])
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_an_unconditional_model_of_ours_opens_in_diffusers(tmp_path, stage, unet, prediction):
@@ -357,14 +357,16 @@ def test_unets_that_we_do_not_have_are_refused(changes, message):
 
 
 def test_heads_mean_what_diffusers_does_with_them():
-    """attention_head_dim is heads with a context and channels per head without: read from their own layers."""
+    """attention_head_dim is heads with a context and channels per head without: read from their own layers, and understood from their config."""
     for config in (text_unet(heads=4), text_unet(heads=None, head_dim=16), UNetConfig(4, 4, 32, (1, 2), 1, (1, 2), head_dim=16, num_groups=8)):
         said = F.unet_values(config, 8)
         net = getattr(diffusers, said.pop("_class_name")).from_config(said)
         theirs = {module.to_q.weight.shape[0]: module.heads for name, module in net.named_modules() if hasattr(module, "to_q")}
-        with torch.device("meta"):
-            ours = {(module.to_out if hasattr(module, "to_out") else module.proj_out).weight.shape[0]: module.heads for module in UNet(config).modules() if hasattr(module, "heads")}
-        assert ours == theirs and len(ours) == 2, config
+        for read in (config, F.unet_config(json.loads(net.to_json_string()))):
+            with torch.device("meta"):
+                layers = [module for module in UNet(read).modules() if hasattr(module, "heads")]
+            ours = {(layer.to_out if hasattr(layer, "to_out") else layer.proj_out).weight.shape[0]: layer.heads for layer in layers}
+            assert ours == theirs and len(ours) == 2, config
 
 
 # ------------------------------------------------------------------------------------------------ the original's layout
