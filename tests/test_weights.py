@@ -87,7 +87,7 @@ def their_pipeline(clip, prediction="epsilon", linear=False, seed=0):
     vae = diffusers.AutoencoderKL(
         block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, latent_channels=4, sample_size=16,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
-    scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True,
+    scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True, steps_offset=1,
                                         timestep_spacing="trailing", prediction_type=prediction)
     pipe = diffusers.StableDiffusionPipeline(
         vae=randomise(vae, seed).eval(), unet=randomise(unet, seed + 1).eval(), scheduler=scheduler, safety_checker=None, feature_extractor=None,
