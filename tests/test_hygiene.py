@@ -15,9 +15,9 @@ LIBRARY = ROOT / "ldm_edu"
 LEVELS = {
     0: "core drawing captions data schedule folders viz checkpoint runs weight_files",
     1: "objective attention samplers solvers guidance grader oracle features metrics clip_text",
-    2: "unet autoencoder quantize tiling losses perceptual conditioning layout superres inpainting windows frozen_text placement evaluation",
+    2: "unet autoencoder quantize tiling losses perceptual conditioning layout superres inpainting windows frozen_text placement evaluation probing",
     3: "ldm training reading editing asking keymaps foreign_configs",
-    4: "recipes weights",
+    4: "recipes costs weights",
     5: "demo",
     6: "cli widgets",
 }
