@@ -21,11 +21,12 @@ import torch
 import tyro
 
 from .asking import Asked, gather_prompts
-from .autoencoder import AutoencoderConfig
+from .autoencoder import AUTOENCODERS, AutoencoderConfig
 from .bench import compare_speed, speed_table
 from .captions import parse_caption
 from .contenders import Setting, settings_of
 from .core import check_choice, default_device, read_json, write_json, write_text
+from .costs import latent_bytes, matrix_rate, recipe_costs
 from .data import FIELDS, Scenes, collate, make_prompts
 from .demo import Demo
 from .evaluation import Evaluator, evaluate_samples, evaluation_table
@@ -39,11 +40,11 @@ from .losses import AdversarialConfig
 from .metrics import bootstrap, lpips, psnr, ssim
 from .perceptual import PERCEPTUAL_CONFIG, PerceptualTraining, load_perceptual, measure_perceptual, save_perceptual, train_perceptual
 from .placement import grade_classes, grade_fills, grade_layouts, grade_maps
-from .recipes import (DIFFUSIONS, FIRST_STAGES, PIXELS_ONLY, code_version, conditioner_keys, describe_data, machine, train_autoencoder,
+from .recipes import (DIFFUSIONS, FIRST_STAGES, PIXELS_ONLY, PUBLISHED_STAGES, code_version, conditioner_keys, describe_data, machine, train_autoencoder,
                              train_diffusion, write_picture)
 from .runs import TrainingInterrupted
 from .superres import grade_enlarged, low_res_pairs
-from .training import TrainConfig
+from .training import TrainConfig, choose_precision
 from .viz import to_pil
 
 # %% ../nbs/93_cli.ipynb #2c6ecba7
@@ -149,9 +150,25 @@ class Train:
     step_bias: float = 1.0  # 1 draws the steps t uniformly; more draws more noisy ones, where places are decided
     reading_steps: int = 0  # steps in which the text encoder first learns to read captions of Scenes
     text_encoder: str | None = None  # read captions by a frozen CLIP text encoder: a name on the hub, or a folder
+    dry_run: bool = False  # say what the run will need on this machine, and train nothing
+
+    def plan(self) -> str:
+        """Parameters, memory, time and data of the run, predicted; `first_stage` may be a name in AUTOENCODERS here."""
+        shape = AUTOENCODERS[self.first_stage] if self.first_stage in AUTOENCODERS else load_first_stage(self.first_stage).config
+        device, train = default_device(), self.train.replace(precision=choose_precision(self.train.precision))
+        rate = matrix_rate(device, torch.float32 if train.precision == "fp32" else torch.bfloat16, 8192 if device.type == "cuda" else 1024)
+        costs = recipe_costs(DIFFUSIONS[self.recipe].replace(train=train), shape, self.data.size, rate, "cuda" if device.type == "cuda" else "cpu")
+        return (f"{self.recipe} on pictures of {self.data.size} pixels, first stage {self.first_stage}\n{costs.tell()}\n"
+                f"this machine multiplies {rate / 1e12:.3g} T operations a second in {train.precision}: {machine()}\n"
+                f"latents take {latent_bytes(shape, self.data.size) / 1024:,.0f} KiB a picture, {latent_bytes(shape, self.data.size) * 1e6 / 2**30:,.0f} GiB for a million")
 
     def run(self) -> int:
         """Train, then say where the model is."""
+        if self.dry_run:
+            print(self.plan())
+            return 0
+        if self.first_stage in AUTOENCODERS and not Path(self.first_stage).exists():
+            raise ValueError(f"first_stage: got {self.first_stage!r}, a configuration without weights, expected a folder: `ldm-edu train-autoencoder` makes one")
         if self.text_encoder is not None and DIFFUSIONS[self.recipe].conditioner != "text":
             raise ValueError(f"text_encoder: got {self.text_encoder!r} for the recipe {self.recipe!r}, expected a recipe that reads text")
         reads = None if self.text_encoder is None else FrozenTextConditioner(

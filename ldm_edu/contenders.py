@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .attention import CrossAttention
 from .autoencoder import AUTOENCODERS, AutoencoderConfig
 from .core import check_choice
+from .foreign_configs import stage_values, unet_values
 from .keymaps import first_stage_entries, from_ours, unet_entries
 from .quantize import make_first_stage
 from .unet import UNETS, UNet, UNetConfig
@@ -152,42 +153,13 @@ def check_settings(settings: list[Setting], device: str) -> None:
     if needs := [name for name in names if re.search(r"tf32|cudnn|cuda-graphs", name) and torch.device(device).type != "cuda"]:
         raise ValueError(f"{needs[0]}: needs CUDA, got device {device!r}")
 
-# %% ../nbs/99d_contenders.ipynb #85ffd836
-def _unet_values(config: UNetConfig, sample_size: int) -> dict:
-    """Our UNet's config as diffusers', with the class that reads it."""
-    plain, widths = config.context_dim is None, [config.model_channels * mult for mult in config.ch_mult]
-    name = "AttnDownBlock2D" if plain else "CrossAttnDownBlock2D"
-    other = "ResnetDownsampleBlock2D" if config.resblock_updown else "DownBlock2D"  # the plain one knows convolutions only
-    down = [name if factor in config.attention_levels else other for factor in config.factors]
-    values = {
-        "_class_name": "UNet2DModel" if plain else "UNet2DConditionModel", "sample_size": sample_size, "in_channels": config.in_channels,
-        "out_channels": config.out_channels, "block_out_channels": widths, "layers_per_block": config.num_res_blocks, "norm_num_groups": config.num_groups,
-        "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "down_block_types": down,
-        "up_block_types": [kind.replace("Downs", "Ups").replace("Down", "Up") for kind in down[::-1]], "resnet_time_scale_shift": "scale_shift" if config.use_scale_shift_norm else "default",
-    }
-    if plain:
-        kind = "resnet" if config.resblock_updown else "conv"
-        return {**values, "attention_head_dim": config.head_dim or widths[-1] // config.heads, "downsample_type": kind, "upsample_type": kind,
-                "attn_norm_num_groups": config.num_groups}
-    return {**values, "attention_head_dim": [config.heads or width // config.head_dim for width in widths], "cross_attention_dim": config.context_dim,
-            "transformer_layers_per_block": config.transformer_depth}
-
-
-def _stage_values(config: AutoencoderConfig, sample_size: int) -> dict:
-    """Our KL first stage's config as diffusers', with the class that reads it."""
-    down = ["DownEncoderBlock2D"] * len(config.ch_mult)
-    return {"_class_name": "AutoencoderKL", "in_channels": config.in_channels, "out_channels": config.in_channels, "latent_channels": config.z_channels,
-            "block_out_channels": list(config.widths), "layers_per_block": config.num_res_blocks, "norm_num_groups": config.num_groups, "act_fn": "silu",
-            "sample_size": sample_size, "down_block_types": down, "up_block_types": [kind.replace("DownEncoder", "UpDecoder") for kind in down],
-            "mid_block_add_attention": config.mid_attention}
-
 # %% ../nbs/99d_contenders.ipynb #972b5b9d
 def peer(workload: Workload, net: nn.Module) -> nn.Module:
     """The same network with the same weights in diffusers, on the same device."""
     import diffusers
 
     unet = isinstance(workload.model, UNetConfig)
-    values = (_unet_values if unet else _stage_values)(workload.model, workload.size)
+    values = unet_values(workload.model, workload.size) if unet else stage_values(workload.model, workload.size, 1.0)
     entries = (unet_entries if unet else first_stage_entries)(net, "diffusers")
     with torch.device(next(net.parameters()).device):
         theirs = getattr(diffusers, values.pop("_class_name"))(**values)

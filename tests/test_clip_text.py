@@ -107,5 +107,6 @@ def test_broken_folders_are_named(folder, tmp_path):
 @pytest.mark.parametrize("prefix", ["cond_stage_model.transformer.text_model.", "transformer.text_model.", "text_model.", ""])
 def test_names_of_all_who_saved_it(prefix):
     model = ClipText(ClipTextConfig(20, 16, 1, 2, 32, 8))
-    found = clip_weights({**{prefix + name: x for name, x in model.state_dict().items()}, prefix + "embeddings.position_ids": torch.arange(8)[None]})
+    found = clip_weights({**{prefix + name: x for name, x in model.state_dict().items()}, prefix + "embeddings.position_ids": torch.arange(8)[None],
+                          "logit_scale": torch.ones(()), "vision_model.post_layernorm.bias": torch.ones(3), "text_projection.weight": torch.ones(2, 2)})
     model.load_state_dict(found, strict=True)

@@ -15,9 +15,9 @@ LIBRARY = ROOT / "ldm_edu"
 LEVELS = {
     0: "core drawing captions data schedule folders viz checkpoint runs weight_files",
     1: "objective attention samplers solvers guidance grader oracle features metrics clip_text",
-    2: "unet autoencoder quantize tiling losses perceptual conditioning layout superres inpainting windows frozen_text placement evaluation",
-    3: "ldm training reading editing asking keymaps",
-    4: "recipes contenders",
+    2: "unet autoencoder quantize tiling losses perceptual conditioning layout superres inpainting windows frozen_text placement evaluation probing",
+    3: "ldm training reading editing asking keymaps foreign_configs",
+    4: "recipes costs weights contenders",
     5: "demo bench",
     6: "cli widgets",
 }
@@ -76,7 +76,7 @@ def test_imports_have_no_cycle():
 
 def test_libraries_stay_in_their_modules():
     where = {"matplotlib": {"viz"}, "ipywidgets": {"widgets"}, "tyro": {"cli"}, "accelerate": {"training"},
-             "fastcore": set(), "nbdev": set(), "diffusers": {"contenders"}, "transformers": {"frozen_text"},
+             "fastcore": set(), "nbdev": set(), "diffusers": {"contenders"}, "transformers": set(), "huggingface_hub": {"frozen_text"},
              "torchmetrics": {"evaluation"}, "torch_fidelity": {"evaluation"}}
     for path in modules():
         for package, allowed in where.items():

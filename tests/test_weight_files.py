@@ -176,3 +176,74 @@ def test_averaged_or_last_is_a_choice():
             W.split_checkpoint(both, ["another.weight"], ema)
     with pytest.raises(ValueError, match="vae.ckpt: got no UNet.*encoder"):
         W.split_checkpoint({"encoder.conv_in.weight": torch.ones(1)}, names, where="vae.ckpt")
+
+
+@pytest.mark.parametrize("start, suffix, message", [
+    (b"version https://git-lfs.github.com/spec/v1\n", ".ckpt", "pointer of Git LFS in place of the file: fetch the file with `git lfs pull`"),
+    (b"<!DOCTYPE html><html>", ".safetensors", "begins like a web page"),
+    (b"", ".ckpt", "nothing that we know: fetch it again"), (b"hello hello", ".safetensors", "nothing that we know: fetch it again"),
+])
+def test_what_is_no_file_of_weights_is_named(tmp_path, start, suffix, message):
+    path = tmp_path / f"m{suffix}"
+    path.write_bytes(start)
+    with pytest.raises(ValueError, match=message):
+        W.read_tensors(path)
+
+
+def test_wrong_suffixes_and_cut_files_are_told_apart(tmp_path):
+    torch.save(STATE, tmp_path / "a.ckpt")
+    torch.save(STATE, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    save_file(STATE, tmp_path / "b.safetensors")
+    for name, other in (("a.ckpt", ".safetensors"), ("old.ckpt", ".safetensors"), ("b.safetensors", ".ckpt")):
+        content, wrong = (tmp_path / name).read_bytes(), tmp_path / f"wrong{other}"
+        wrong.write_bytes(content)
+        with pytest.raises(ValueError, match=f"begins like .*: rename it to end in {(tmp_path / name).suffix}"):
+            W.read_tensors(wrong)
+        cut = tmp_path / f"cut-{name}"
+        cut.write_bytes(content[: int(0.7 * len(content))])
+        with pytest.raises(ValueError, match=f"begins as a {cut.suffix} file does and is cut off or damaged: fetch it again"):
+            W.read_tensors(cut)
+
+
+def test_a_folder_s_weights_in_one_file_or_several(tmp_path):
+    write = {".safetensors": save_file, ".bin": torch.save}
+    for stem in ("diffusion_pytorch_model", "model", "pytorch_model"):
+        for end in write:
+            for half in ("", ".fp16"):
+                folder = tmp_path / f"{stem}{half}{end}"
+                folder.mkdir()
+                write[end](STATE, folder / f"{stem}{half}{end}")
+                assert all(torch.equal(W.read_folder(folder)[key], x) for key, x in STATE.items())
+    folder = tmp_path / "all"
+    folder.mkdir()
+    for i, name in enumerate(("model.safetensors", "pytorch_model.bin", "model.fp16.safetensors", "pytorch_model.fp16.bin")):
+        write["." + name.rsplit(".", 1)[1]]({"i": torch.tensor(i)}, folder / name)
+    for i in range(4):
+        assert W.read_folder(folder)["i"] == i
+        W.weight_file(folder).unlink()
+    with pytest.raises(ValueError, match="expected diffusion_pytorch_model.safetensors.*got nothing"):
+        W.read_folder(folder)
+    with pytest.raises(ValueError, match="no such folder"):
+        W.read_folder(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("end", [".safetensors", ".bin"])
+def test_an_index_keeps_its_promises(tmp_path, end):
+    import json
+
+    write = {".safetensors": save_file, ".bin": torch.save}[end]
+    for name in STATE:
+        write({name: STATE[name]}, tmp_path / f"part-{name}{end}")
+    index = tmp_path / f"pytorch_model{end}.index.json"
+    index.write_text(json.dumps({"weight_map": {name: f"part-{name}{end}" for name in STATE}}))
+    assert all(torch.equal(W.read_folder(tmp_path)[name], x) for name, x in STATE.items())
+    index.write_text(json.dumps({"weight_map": {"a.weight": f"part-a.weight{end}", "b": f"part-a.weight{end}"}}))
+    with pytest.raises(ValueError, match="1 of 2 tensors are in none of its 1 files, for example b"):
+        W.read_folder(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"b": f"part-c{end}"}}))
+    with pytest.raises(ValueError, match=f"part-c{end}: no such file"):
+        W.read_folder(tmp_path)
+    for bad in ({"b": "../elsewhere"}, {}):
+        index.write_text(json.dumps({"weight_map": bad}))
+        with pytest.raises(ValueError, match="expected names of files beside it"):
+            W.read_folder(tmp_path)

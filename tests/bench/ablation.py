@@ -6,7 +6,7 @@ same --out, and they share the work. `--costs` measures seconds and bytes of a t
 each before the next of any, so that a slow minute of the machine hits all alike; it wants an idle machine. While it trains, each
 variant is asked what captions are worth to it (`Worth`): a ruler finer than grades, which are near the floor after so few steps.
 All variants but one have two maps that say where each place is: without them some seeds bind colours to places in 500 steps and
-others not in 1,500. No log of it is in data/sweeps yet: it is for a lesson that is planned.
+others not in 1,500. Lesson 21 reads the copy of the log in data/sweeps.
 """
 import argparse
 import contextlib
@@ -22,15 +22,14 @@ import torch
 from torch import Tensor
 
 from ldm_edu import attention
-from ldm_edu.captions import parse_caption, relation_between
+from ldm_edu.captions import parse_caption
 from ldm_edu.cli import with_relations
 from ldm_edu.conditioning import CONDITIONERS, Condition, TextConditioner, TextConfig, train_tokenizer
 from ldm_edu.core import default_device, make_generators, write_json
 from ldm_edu.data import Scenes, make_prompts
-from ldm_edu.drawing import COLOURS
-from ldm_edu.grader import grade, read_scene
+from ldm_edu.grader import grade
 from ldm_edu.ldm import load_first_stage
-from ldm_edu.objective import diffusion_loss
+from ldm_edu.probing import caption_losses, colours_placed, mean_and_error, reverse_relation, swap_colours
 from ldm_edu.reading import learn_to_read
 from ldm_edu.recipes import DiffusionRecipe, all_captions, code_version, machine, train_diffusion, write_picture
 from ldm_edu.schedule import schedule_from_config
@@ -168,26 +167,6 @@ def training_scenes(args):
     return with_relations(lambda split, n: Scenes(n=n, split=split, objects=(1, 2), fields=("image", "caption")), args.scenes, 0.5)
 
 
-OPPOSITES = {"left": "right", "right": "left", "above": "below", "below": "above"}
-
-
-def swap_colours(caption: str) -> str:
-    """The same words in another binding: the two colours of a caption exchanged."""
-    first, second = (word for word in caption.split() if word in COLOURS)
-    return with_articles(" ".join({first: second, second: first}.get(word, word) for word in caption.split()))
-
-
-def turn_round(caption: str) -> str:
-    """The same caption with its relation reversed."""
-    return " ".join(OPPOSITES.get(word, word) for word in caption.split())
-
-
-def with_articles(caption: str) -> str:
-    """A caption with "an" before vowels and "a" elsewhere."""
-    words = caption.split()
-    return " ".join(("an" if after[0] in "aeiou" else "a") if word in ("a", "an") else word for word, after in zip(words, [*words[1:], "."]))
-
-
 class Worth:
     """What captions are worth to a model: how much its error grows when it is told something else, at the same steps and noises.
 
@@ -201,40 +180,19 @@ class Worth:
         rows = [i for i, caption in enumerate(pool.captions()) if fits(parse_caption(caption))][:n]
         batch = pool.render(rows)
         own = batch["caption"]
-        self.captions = {"own": own, "another": own[1:] + own[:1], "swapped": [swap_colours(c) for c in own], "reversed": [turn_round(c) for c in own]}
+        self.captions = {"own": own, "another": own[1:] + own[:1], "swapped": [swap_colours(c) for c in own], "reversed": [reverse_relation(c) for c in own]}
         with torch.no_grad():
             self.z = first_stage.encode(batch["image"].to(next(first_stage.parameters()).device)).mode()
         self.eps = torch.stack([torch.randn(self.z.shape[1:], generator=g) for g in make_generators(0, n)]).to(self.z)
         self.t = torch.linspace(0, 999, n).long()[torch.randperm(n, generator=torch.Generator().manual_seed(0))].to(self.z.device)
 
-    @torch.no_grad()
     def __call__(self, net, schedule, scale_factor: float) -> dict:
         """{"loss": with the own captions, "caption", "binding", "relation": [what it grows by, standard error]}."""
-        losses, was_training = {}, net.training
-        net.eval()
-        for name, captions in self.captions.items():
-            parts = []
-            for rows in torch.arange(len(captions)).split(64):
-                told = {"caption": [captions[i] for i in rows.tolist()]}
-                model = lambda x, t, told=told: net(x, t, told)
-                parts.append(diffusion_loss(model, self.z[rows] * scale_factor, schedule, self.t[rows], self.eps[rows], prediction="v"))
-            losses[name] = torch.cat(parts)
+        was_training = net.training
+        losses = caption_losses(net.eval(), self.z * scale_factor, self.captions, schedule, self.t, self.eps)
         net.train(was_training)
-        out = {"loss": round(losses["own"].mean().item(), 5)}
-        for key, name in (("caption", "another"), ("binding", "swapped"), ("relation", "reversed")):
-            grown = losses[name] - losses["own"]
-            out[key] = [round(grown.mean().item(), 5), round((grown.std() / len(grown) ** 0.5).item(), 5)]
-        return out
-
-
-def placed(images: Tensor, prompts: list[str]) -> int:
-    """How many pictures of two objects show the two colours on the sides that the prompt asks for, whatever the shapes."""
-    right = 0
-    for readings, claim in zip(read_scene(images), map(parse_caption, prompts), strict=True):
-        of = {reading.colour: reading for reading in readings}
-        first, second = (of.get(o.colour) for o in claim.objects)
-        right += len(readings) == len(of) == 2 and None not in (first, second) and relation_between(first, second, slack=1.2) == claim.relation
-    return right
+        grown = {key: mean_and_error(losses[name] - losses["own"]) for key, name in (("caption", "another"), ("binding", "swapped"), ("relation", "reversed"))}
+        return {"loss": round(losses["own"].mean().item(), 5), **{key: [round(x, 5) for x in values] for key, values in grown.items()}}
 
 
 def measure(model, args) -> dict:
@@ -247,7 +205,7 @@ def measure(model, args) -> dict:
         grades = grade(images, prompts).summary()
         out[kind] = {"n": len(prompts), **{key: grades[key]["correct"] for key in asked}}
         if kind == "relation":
-            out[kind]["placed"] = placed(images, prompts)
+            out[kind]["placed"] = sum(colours_placed(images, prompts))
     return out
 
 

@@ -1,0 +1,131 @@
+"""Predicted costs against counts by hand, published sizes, what a real step keeps, and what a card took."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ldm_edu import cli
+from ldm_edu.autoencoder import AUTOENCODERS
+from ldm_edu.costs import (
+    KEPT_BY_AUTOCAST,
+    SHARE,
+    STILL,
+    forward_flops,
+    kept_bytes,
+    latent_bytes,
+    matrix_rate,
+    predict_training,
+    recipe_costs,
+)
+from ldm_edu.recipes import DIFFUSIONS, PUBLISHED_STAGES
+from ldm_edu.training import TrainConfig
+from ldm_edu.unet import UNETS, UNet, UNetConfig
+
+PLAIN = UNetConfig(4, 4, 16, (1, 2), 1, (), num_groups=8, head_dim=16)
+# GMAC of one evaluation at 256 pixels, and parameters, as counted from the released configurations
+PUBLISHED = {"celeba256": (64, 0, 101, 274_056_163), "lsun-churches256": (32, 0, 21, 294_966_916), "cin256": (32, 1, 57, 394_984_196),
+             "cin256-v2": (64, 1, 104, 400_920_579), "txt2img-1p4B": (32, 77, 91, 872_300_484), "layout2img-openimages256": (64, 92, 76, 246_277_379),
+             "bsr-sr": (64, 0, 40, 113_622_563), "inpainting-big": (64, 0, 150, 387_245_827), "semantic-synthesis256": (64, 0, 104, 215_229_315),
+             "sd-v1": (64, 77, 402, 859_520_964)}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_operations_and_parameters_of_the_published_networks(name):
+    side, tokens, gmac, parameters = PUBLISHED[name]
+    assert abs(forward_flops(UNETS[name], side, tokens) / 2e9 - gmac) < 0.6
+    costs = predict_training(UNETS[name], side, tokens, TrainConfig(batch_size=4), 1e12)
+    assert costs.parameters == parameters and costs.flops == 12 * forward_flops(UNETS[name], side, tokens)
+
+
+@pytest.mark.parametrize("changes", [{}, {"c_dim": 8}, {"use_scale_shift_norm": True}, {"resblock_updown": True}, {"attention_levels": (2,), "context_dim": 8}])
+def test_what_is_kept_is_what_a_real_forward_pass_keeps(changes, monkeypatch):
+    """Real tensors, with attention kept as the fused kernel keeps it on every machine."""
+    config, kept = PLAIN.replace(**changes), {}
+    torch.manual_seed(0)
+    net = UNet(config)
+    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+
+    class Fused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            out = torch.zeros_like(q)  # in the order of q's memory
+            ctx.save_for_backward(q, k, v, out)
+            return out
+
+        @staticmethod
+        def backward(ctx, g):
+            return g, g, g
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = (x.untyped_storage().nbytes(), x)
+        return x
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask=None: Fused.apply(q, k, v))
+    given = {"context": torch.randn(1, 5, 8)} if config.context_dim else {}
+    given |= {"c": torch.randn(1, 8)} if config.c_dim else {}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        net(torch.randn(1, 4, 16, 16), torch.tensor([5]), **given)
+    seen = sum(size for place, (size, _) in kept.items() if place not in weights)
+    assert kept_bytes(config, 16, 5) == pytest.approx(seen, rel=0.02)
+
+
+def test_memory_is_what_lies_still_and_what_the_batch_keeps():
+    kept, half = kept_bytes(PLAIN, 16), TrainConfig(batch_size=8, precision="bf16")
+    for train, rows, share in ((half, 8, KEPT_BY_AUTOCAST), (half.replace(accumulation=4), 2, KEPT_BY_AUTOCAST), (half.replace(accumulation=3), 3, KEPT_BY_AUTOCAST),
+                               (half.replace(precision="fp32"), 8, 1.0)):
+        costs = predict_training(PLAIN, 16, 0, train, 1e12)
+        assert costs.memory == pytest.approx(STILL * costs.parameters + rows * share * kept, abs=1)
+
+
+def test_time_is_operations_over_the_rate_that_is_reached():
+    plain, compiled = (predict_training(PLAIN, 16, 0, TrainConfig(batch_size=8, compile=c), 1e12) for c in (False, True))
+    assert plain.step_seconds == pytest.approx(plain.flops / (1e12 * SHARE["cuda"][False]))
+    assert compiled.step_seconds / plain.step_seconds == pytest.approx(SHARE["cuda"][False] / SHARE["cuda"][True])
+    with pytest.raises(ValueError, match="expected one of 'cuda', 'cpu'"):
+        predict_training(PLAIN, 16, 0, TrainConfig(), 1e12, "tpu")
+
+
+@pytest.mark.parametrize(("name", "side", "tokens", "batch", "mib", "ms"), [("sd-v1", 64, 77, 16, 20_099, 188.7), ("cin256", 32, 1, 64, 15_631, 129.9)])
+def test_predictions_meet_what_a_card_took(name, side, tokens, batch, mib, ms):
+    """One H200, 795 TFLOP/s in bfloat16: peak of a step beyond weights, moments and averages; milliseconds, plain."""
+    costs = predict_training(UNETS[name], side, tokens, TrainConfig(batch_size=batch, precision="bf16"), 795e12)
+    assert (costs.memory - 16 * costs.parameters) / 2**20 == pytest.approx(mib, rel=0.1)
+    assert 1000 * costs.step_seconds == pytest.approx(ms, rel=0.25)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_STAGES)
+def test_published_recipes_keep_their_networks(name):
+    recipe, stage = DIFFUSIONS[name], AUTOENCODERS[PUBLISHED_STAGES[name]]
+    costs = recipe_costs(recipe, stage, 256, 1e12)
+    assert costs.parameters == PUBLISHED[recipe.unet][3] and costs.steps == recipe.train.steps
+    assert stage.z_channels == UNETS[recipe.unet].out_channels, "the network fits its first stage"
+
+
+def test_a_recipe_of_the_class_room_counts_its_vector_and_refuses_odd_sizes():
+    stage = AUTOENCODERS["kl-f4"].replace(z_channels=4)
+    preset = UNETS[DIFFUSIONS["text-tiny"].unet]
+    with torch.device("meta"):
+        expected = sum(p.numel() for p in UNet(preset.replace(c_dim=preset.context_dim)).parameters())
+    assert recipe_costs(DIFFUSIONS["text-tiny"], stage, 32, 1e12).parameters == expected
+    with pytest.raises(ValueError, match="multiple of 8"):
+        recipe_costs(DIFFUSIONS["text-tiny"], stage, 36, 1e12)
+
+
+def test_latents_and_words():
+    assert latent_bytes(AUTOENCODERS["kl-f8"], 256) == 2 * 4 * 4 * 32 * 32
+    costs = recipe_costs(DIFFUSIONS["celebahq256-ldm4"], AUTOENCODERS["vq-f4"], 256, 1e12)
+    assert "274,056,163 parameters" in costs.tell() and "batch 48" in costs.tell() and "days for 410,000 steps" in costs.tell()
+
+
+def test_the_rate_is_a_rate():
+    assert 1e8 < matrix_rate("cpu", side=256, rounds=3) < 1e14
+
+
+def test_the_command_says_what_a_run_needs_and_trains_nothing(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main(["train", "--recipe", "celebahq256-ldm4", "--dry-run", "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert all(words in told for words in ("256 pixels, first stage vq-f4", "274,056,163 parameters", "GiB at batch 48", "410,000 steps", "96 KiB a picture"))
+    assert not out.exists()
+    assert cli.main(["train", "--recipe", "celebahq256-ldm4", "--out", str(out)]) == 2
+    assert "a configuration without weights" in capsys.readouterr().err and not out.exists()
+    assert cli.main(["train", "--dry-run", "--out", str(out)]) == 0 and "scenes-kl-f4" in capsys.readouterr().out
