@@ -15,9 +15,9 @@ from ldm_edu import bench, cli, contenders
 from ldm_edu.autoencoder import AutoencoderConfig
 from ldm_edu.bench import (
     compare_speed,
-    forward_flops,
+    pass_flops,
     job_flops,
-    matrix_rate,
+    product_rate,
     others_seconds,
     pair_ratios,
     peak_memory,
@@ -62,7 +62,7 @@ def tiny(monkeypatch):
     """The small workloads by name, and a matrix rate that costs nothing."""
     for name, workload in (("T", TINY), ("P", PLAIN), ("A", STAGE)):
         monkeypatch.setitem(WORKLOADS, name, workload)
-    monkeypatch.setattr(bench, "matrix_rate", lambda device, precision, clock: 0.5)
+    monkeypatch.setattr(bench, "product_rate", lambda device, precision, clock: 0.5)
 
 
 # ------------------------------------------------------------------------------------------------ workloads and settings
@@ -436,24 +436,24 @@ def test_operations_are_those_of_a_hand_count(workload, what):
     parts = parts_of(net)
     calls = [lambda: net(batch["x"], batch["t"], batch["context"])] if "predict" in parts else [
         *([lambda: parts["encode"](batch["x"])] if what != "decode" else []), *([lambda: parts["decode"](batch["z"])] if what != "encode" else [])]
-    assert forward_flops(workload, what) == sum(counted_by_hand(net, call) for call in calls)
+    assert pass_flops(workload, what) == sum(counted_by_hand(net, call) for call in calls)
 
 
 def test_a_job_costs_its_passes():
-    once = forward_flops(TINY, "train")
+    once = pass_flops(TINY, "train")
     assert job_flops(TINY, "train", 5, 9) == 15 * once and job_flops(TINY, "sample", 5, 9) == 2 * 9 * 5 * once
-    assert job_flops(PLAIN, "sample", 5, 9) == 45 * forward_flops(PLAIN, "sample"), "nothing to guide by: one row a picture"
-    halves = [forward_flops(STAGE, what) for what in ("encode", "decode")]
+    assert job_flops(PLAIN, "sample", 5, 9) == 45 * pass_flops(PLAIN, "sample"), "nothing to guide by: one row a picture"
+    halves = [pass_flops(STAGE, what) for what in ("encode", "decode")]
     assert job_flops(STAGE, "encode", 5, 9) == 5 * halves[0] and job_flops(STAGE, "train", 5, 9) == 15 * sum(halves)
 
 
 def test_known_counts_of_known_networks():
-    assert forward_flops(WORKLOADS["L"], "train") / 1e9 == pytest.approx(803, abs=1)
-    assert [forward_flops(WORKLOADS["AEf8"], what) / 1e9 for what in ("encode", "decode")] == pytest.approx([16.9, 38.8], abs=0.05)
+    assert pass_flops(WORKLOADS["L"], "train") / 1e9 == pytest.approx(803, abs=1)
+    assert [pass_flops(WORKLOADS["AEf8"], what) / 1e9 for what in ("encode", "decode")] == pytest.approx([16.9, 38.8], abs=0.05)
 
 
 def test_the_matrix_rate_is_operations_over_the_best_time(monkeypatch):
-    assert matrix_rate("cpu", "fp32", enough=1e9, largest=256) > 0
+    assert product_rate("cpu", "fp32", enough=1e9, largest=256) > 0
     sizes = []
 
     def turns(jobs, rounds, device, clock):
@@ -462,7 +462,7 @@ def test_the_matrix_rate_is_operations_over_the_best_time(monkeypatch):
         sizes.append((len(product), product.dtype))
         return {"product": [4.0, 2.0 if len(product) == 512 else 1e-3, 8.0]}
     monkeypatch.setattr(bench, "take_turns", turns)
-    assert matrix_rate("cpu", "bf16", "cpu", enough=1.0, largest=1024) == 2 * 512**3 / 2.0 / 1e12
+    assert product_rate("cpu", "bf16", "cpu", enough=1.0, largest=1024) == 2 * 512**3 / 2.0 / 1e12
     assert sizes == [(256, torch.bfloat16), (512, torch.bfloat16)], "grown until a product takes long enough"
 
 
@@ -585,7 +585,7 @@ def test_committed_figures_are_whole(root):
     assert "Agreement was not established" in h200["note"] and h200["torch"] == "2.11.0+cu130" and h200["diffusers"] == "0.42.1"
     assert len(h200["comparisons"]) == 6 and all(run["rows"][0]["ratio"] == 1 for run in h200["comparisons"])
     for run in h200["comparisons"]:
-        flops = forward_flops(WORKLOADS[run["workload"]], run["what"]) * run["batch"] * (3 if run["what"] == "train" else 2 * run["steps"])
+        flops = pass_flops(WORKLOADS[run["workload"]], run["what"]) * run["batch"] * (3 if run["what"] == "train" else 2 * run["steps"])
         assert all(row["tflops"] * row["ms"] / 1e3 == pytest.approx(flops / 1e12, rel=2e-3) for row in run["rows"])
     celeba = json.loads((root / "data/sweeps/celeba256-h200.json").read_text())
     assert len(celeba["losses"]) == celeba["steps"] == 200

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from ldm_edu.bench import compare_speed, matrix_rate, peak_memory
+from ldm_edu.bench import compare_speed, product_rate, peak_memory
 from ldm_edu.contenders import WORKLOADS, Setting, agreement, contend, settings_of
 
 pytest.importorskip("diffusers")
@@ -29,4 +29,4 @@ def test_the_ready_set_of_a_gpu_runs(what):
 
 def test_peak_memory_sees_what_a_job_needs_and_frees():
     assert peak_memory(lambda: torch.empty(64 * 2**20, dtype=torch.uint8, device="cuda"), "cuda") == pytest.approx(64, abs=2)
-    assert matrix_rate("cuda", "bf16") > matrix_rate("cuda", "fp32")
+    assert product_rate("cuda", "bf16") > product_rate("cuda", "fp32")
