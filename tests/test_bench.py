@@ -15,12 +15,12 @@ from ldm_edu import bench, cli, contenders
 from ldm_edu.autoencoder import AutoencoderConfig
 from ldm_edu.bench import (
     compare_speed,
-    pass_flops,
     job_flops,
-    product_rate,
     others_seconds,
     pair_ratios,
+    pass_flops,
     peak_memory,
+    product_rate,
     resident_growth,
     rows_of,
     speed_table,

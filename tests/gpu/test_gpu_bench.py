@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from ldm_edu.bench import compare_speed, product_rate, peak_memory
+from ldm_edu.bench import compare_speed, peak_memory, product_rate
 from ldm_edu.contenders import WORKLOADS, Setting, agreement, contend, settings_of
 
 pytest.importorskip("diffusers")
