@@ -507,7 +507,8 @@ def _defaults(args: list[str]) -> dict:
     second = check_choice("--recipe", name, DIFFUSIONS) if name and command == "train" else "text-tiny"
     recipe = DIFFUSIONS[second]
     names = ("train", "condition_dropout", "prediction", "step_bias", "reading_steps")
-    defaults["train"] = Train(recipe=second, **{name: getattr(recipe, name) for name in names})
+    published = {"first_stage": PUBLISHED_STAGES[second], "data": DataOptions(size=512 if second == "stable-diffusion-v1" else 256)} if second in PUBLISHED_STAGES else {}
+    defaults["train"] = Train(recipe=second, **published, **{name: getattr(recipe, name) for name in names})
     return {key: defaults[key] for key in COMMANDS}
 
 
