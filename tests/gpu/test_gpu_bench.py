@@ -5,7 +5,7 @@ import torch
 from ldm_edu.bench import compare_speed, peak_memory, product_rate
 from ldm_edu.contenders import WORKLOADS, Setting, agreement, contend, settings_of
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason="needs diffusers, which `make test` installs")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 EAGER = ("diffusers+fp32", "ldm_edu+fp32", "ldm_edu+fp32+channels-last", "ldm_edu+tf32", "diffusers+autocast+channels-last", "ldm_edu+autocast+channels-last",
          "diffusers+bf16", "ldm_edu+bf16", "ldm_edu+bf16+channels-last", "ldm_edu+bf16+math")
