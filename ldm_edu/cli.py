@@ -156,7 +156,7 @@ class Train:
         """Parameters, memory, time and data of the run, predicted; `first_stage` may be a name in AUTOENCODERS here."""
         shape = AUTOENCODERS[self.first_stage] if self.first_stage in AUTOENCODERS else load_first_stage(self.first_stage).config
         device, train = default_device(), self.train.replace(precision=choose_precision(self.train.precision))
-        rate = matrix_rate(device, torch.float32 if train.precision == "fp32" else torch.bfloat16, 8192 if device.type == "cuda" else 1024)
+        rate = matrix_rate(device, torch.float32 if train.precision == "fp32" else torch.bfloat16)
         costs = recipe_costs(DIFFUSIONS[self.recipe].replace(train=train), shape, self.data.size, rate, "cuda" if device.type == "cuda" else "cpu")
         return (f"{self.recipe} on pictures of {self.data.size} pixels, first stage {self.first_stage}\n{costs.tell()}\n"
                 f"this machine multiplies {rate / 1e12:.3g} T operations a second in {train.precision}: {machine()}\n"

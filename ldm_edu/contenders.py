@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORKLOADS', 'WORDS', 'LIBRARIES', 'SETS', 'EXACT', 'ROUGH', 'Workload', 'check_job', 'Setting', 'settings_of',
-           'check_settings', 'peer', 'inputs', 'tf32', 'conditions', 'Remembered', 'Contender', 'parts_of', 'relative',
-           'check_answers', 'agreement', 'contend', 'train_job', 'sample_job', 'make_job']
+           'check_effects', 'check_settings', 'peer', 'inputs', 'tf32', 'conditions', 'Remembered', 'Contender',
+           'parts_of', 'relative', 'check_answers', 'agreement', 'contend', 'train_job', 'sample_job', 'make_job']
 
 # %% ../nbs/99d_contenders.ipynb #291ad65b
 """What speed is compared of: workloads, settings, and the same network under a setting in our library and in diffusers.
@@ -124,10 +124,13 @@ class Setting:
 
 # %% ../nbs/99d_contenders.ipynb #40757c42
 SETS = {  # ready sets of contenders: for a training step, and for everything else; the first one is what the others are measured by
-    "cpu-fp32": (("diffusers+fp32", "ldm_edu+fp32"), ("diffusers+fp32", "diffusers+fp32+channels-last", "ldm_edu+fp32", "ldm_edu+fp32+channels-last")),
-    "cpu-bf16": (("diffusers+autocast", "ldm_edu+autocast", "ldm_edu+autocast+channels-last"),
+    "cpu-fp32": (("diffusers+fp32", "diffusers+fp32+channels-last", "ldm_edu+fp32", "ldm_edu+fp32+channels-last"),
+                 ("diffusers+fp32", "diffusers+fp32+channels-last", "ldm_edu+fp32", "ldm_edu+fp32+channels-last")),
+    "cpu-bf16": (("diffusers+autocast", "diffusers+autocast+channels-last", "ldm_edu+autocast", "ldm_edu+autocast+channels-last"),
                  ("diffusers+bf16", "diffusers+bf16+channels-last", "ldm_edu+bf16", "ldm_edu+bf16+channels-last")),
-    "cpu-compiled": (("diffusers+autocast+compiled", "ldm_edu+autocast+compiled"), ("diffusers+bf16+compiled", "ldm_edu+bf16+compiled")),
+    "cpu-compiled": (("diffusers+fp32", "diffusers+fp32+compiled", "ldm_edu+fp32+compiled"),
+                     ("diffusers+fp32", "diffusers+fp32+compiled", "ldm_edu+fp32+compiled", "ldm_edu+fp32+channels-last+compiled")),
+    "cpu-bf16-compiled": (("diffusers+autocast+compiled", "ldm_edu+autocast+compiled"), ("diffusers+bf16+compiled", "ldm_edu+bf16+compiled")),
     "gpu": (("diffusers+autocast+channels-last", "ldm_edu+autocast+channels-last", "diffusers+autocast+channels-last+compiled",
              "ldm_edu+autocast+channels-last+compiled"),
             ("diffusers+bf16+channels-last", "ldm_edu+bf16+channels-last", "diffusers+bf16+channels-last+compiled",
@@ -139,6 +142,14 @@ def settings_of(name: str, what: str) -> list[Setting]:
     """A ready set of contenders for a job. Raises ValueError for an unknown one."""
     train, rest = SETS[check_choice("set", name, SETS)]
     return [Setting.parse(text) for text in (train if what == "train" else rest)]
+
+
+def check_effects(settings: list[Setting], name: str, what: str) -> None:
+    """Raise ValueError for a setting that changes nothing in this job: it would be timed under a name that promises something."""
+    told = WORKLOADS[name].tokens > 0
+    for s in settings:
+        if (s.keep_context and (what != "sample" or not told)) or (s.optimizer != "fused" and what != "train"):
+            raise ValueError(f"{s.name}: changes nothing in {name} {what}; kept-context is for sampling with a context, foreach and plain for training")
 
 
 def check_settings(settings: list[Setting], device: str) -> None:
@@ -326,7 +337,7 @@ def agreement(contenders: list[Contender]) -> dict[str, dict[str, float]]:
                 "own": max(relative(own[key], reference[key]) for key in ("first", "second"))}
         if max(gaps["float32"], gaps["gradient"] / 10) > limit:
             raise RuntimeError(f"{name}: differs from {contenders[0].setting.name} by {gaps['float32']:.2g} in float32 "
-                               f"(gradient {gaps['gradient']:.2g}), expected at most {limit}: not the same network")
+                               f"(gradient {gaps['gradient']:.2g}), expected at most {limit} (gradient {10 * limit:.2g}): not the same network")
         if gaps["own"] > ROUGH[c.setting.precision] or (c.setting.precision in ("autocast", "bf16") and gaps["own"] < 1e-6):
             raise RuntimeError(f"{name}: differs from float32 by {gaps['own']:.2g}, expected rounding of {c.setting.precision}")
         out[name] = gaps
@@ -343,26 +354,30 @@ def contend(settings: list[Setting], workload: Workload, what: str, device: str 
 
 # %% ../nbs/99d_contenders.ipynb #994295e8
 def train_job(c: Contender, batch: int) -> Callable[[], Tensor]:
-    """Forward, backward and AdamW on one fixed batch; returns the loss. First stages: L1 and a little KL of one drawn latent."""
+    """Forward, backward and AdamW on one fixed batch; returns the network's answer, as two wrong networks may share a loss.
+
+    First stages learn L1 and a little KL of one drawn latent.
+    """
     data = {key: c.place(value) for key, value in inputs(c.workload, batch).items()}
     form = {"fused": {"fused": True}, "foreach": {"foreach": True}, "plain": {"foreach": False, "fused": False}}[c.setting.optimizer]
     optimizer = torch.optim.AdamW(c.net.parameters(), lr=1e-6, **form)
 
-    def loss() -> Tensor:
+    def loss() -> tuple[Tensor, Tensor]:
         if "predict" in c.runs:
-            return F.mse_loss(c.answer(data).float(), data["eps"].float())
+            made = c.answer(data)
+            return F.mse_loss(made.float(), data["eps"].float()), made
         mean, logvar = c.runs["encode"](data["x"]).chunk(2, dim=1)
         rebuilt = c.runs["decode"](mean + torch.exp(0.5 * logvar) * data["eps"])
         kl = 0.5 * (mean.float().square() + logvar.float().exp() - 1 - logvar.float()).mean()
-        return F.l1_loss(rebuilt.float(), data["x"].float()) + 1e-6 * kl
+        return F.l1_loss(rebuilt.float(), data["x"].float()) + 1e-6 * kl, rebuilt
 
     def step() -> Tensor:
         with conditions(c.setting, c.device):
-            value = loss()
+            value, made = loss()
             value.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return value.detach()
+        return made.detach()
     return step
 
 # %% ../nbs/99d_contenders.ipynb #7448e245

@@ -527,7 +527,7 @@ def _published(unet: str, conditioner: str, batch_size: int, steps: int, lr: flo
                            train=options)
 
 
-DIFFUSIONS |= {  # the paper's, at full size
+DIFFUSIONS |= {  # the paper's and Stable Diffusion 1, at full size
     "celebahq256-ldm4": _published("celeba256", "none", 48, 410_000, 9.6e-5),
     "ffhq256-ldm4": _published("celeba256", "none", 42, 635_000, 8.4e-5),
     "lsun-bedrooms256-ldm4": _published("celeba256", "none", 48, 1_900_000, 9.6e-5),

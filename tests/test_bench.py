@@ -14,6 +14,7 @@ from torch import nn
 from ldm_edu import bench, cli, contenders
 from ldm_edu.autoencoder import AutoencoderConfig
 from ldm_edu.bench import (
+    check_clock,
     compare_speed,
     job_flops,
     others_seconds,
@@ -36,6 +37,7 @@ from ldm_edu.contenders import (
     Setting,
     Workload,
     agreement,
+    check_effects,
     check_job,
     check_settings,
     conditions,
@@ -118,6 +120,9 @@ def test_ready_sets_begin_with_the_peer_and_hold_both_libraries():
         settings = settings_of(name, what)
         assert settings[0].library == "diffusers" and {s.library for s in settings} == {"ldm_edu", "diffusers"}
         assert all(s.optimizer == "fused" for s in settings) and len(set(settings)) == len(settings)
+        if name != "cpu-compiled":  # there the peer's plain form is what both compiled ones are measured by
+            ways = [{s.name.split("+", 1)[1] for s in settings if s.library == library} for library in ("diffusers", "ldm_edu")]
+            assert ways[0] == ways[1], "every way that we try, the peer tries"
     assert all(s.precision != "bf16" for name in SETS for s in settings_of(name, "train")), "training needs weights in float32"
     with pytest.raises(ValueError, match="set: got 'tpu'"):
         settings_of("tpu", "train")
@@ -276,7 +281,7 @@ def test_both_libraries_do_the_same_job(workload, what):
     assert relative(a, b) < 1e-5 and not a.requires_grad
     latent, picture = (2, 4, 8, 8), (2, 3, 16, 16)
     x = inputs(workload, 2)["x"].shape
-    assert a.shape == {"train": (), "sample": x, "encode": (2, 8, *latent[2:]), "decode": picture}[what]
+    assert a.shape == {"train": x, "sample": x, "encode": (2, 8, *latent[2:]), "decode": picture}[what]
 
 
 @pytest.mark.parametrize("optimizer", ["fused", "foreach", "plain"])
@@ -285,10 +290,10 @@ def test_a_training_step_is_adamw_on_the_loss(optimizer):
     twin, data = TINY.build(), inputs(TINY, 2)
     job, other = make_job(c, 2), torch.optim.AdamW(twin.parameters(), lr=1e-6)
     for _ in range(2):
-        loss = (twin(data["x"], data["t"], data["context"]) - data["eps"]).square().mean()
-        loss.backward()
+        made = twin(data["x"], data["t"], data["context"])
+        (made - data["eps"]).square().mean().backward()
         other.step(), other.zero_grad()
-        torch.testing.assert_close(job(), loss.detach())
+        torch.testing.assert_close(job(), made.detach())
     for p, q, start in zip(c.net.parameters(), twin.parameters(), TINY.build().parameters()):
         torch.testing.assert_close(p, q, rtol=0, atol=2e-7)
         assert not torch.equal(p, start) and p.grad is None
@@ -325,16 +330,16 @@ def test_a_kept_context_is_projected_once_a_run_and_changes_nothing():
 
 
 # ------------------------------------------------------------------------------------------------ time
-def test_turns_begin_with_another_job_each_round():
+def test_turns_come_in_another_order_each_round():
     now, order = [0.0], []
     cost = {"a": 1.0, "b": 2.0, "c": 4.0}
 
     def job(name):
         order.append((name, gc.isenabled()))
         now[0] += cost[name]
-    seconds = take_turns({name: lambda name=name: job(name) for name in cost}, 4, clock=lambda: now[0])
-    assert "".join(name for name, _ in order) == "abc" "bca" "cab" "abc" and not any(on for _, on in order)
-    assert seconds == {name: [value] * 4 for name, value in cost.items()} and gc.isenabled()
+    seconds = take_turns({name: lambda name=name: job(name) for name in cost}, 6, clock=lambda: now[0])
+    assert "".join(name for name, _ in order) == "abc" "cba" "bca" "acb" "cab" "bac", "all six orders: none always follows the same neighbour"
+    assert seconds == {name: [value] * 6 for name, value in cost.items()} and gc.isenabled() and not any(on for _, on in order)
 
 
 def test_garbage_is_collected_again_after_a_failure():
@@ -452,18 +457,41 @@ def test_known_counts_of_known_networks():
     assert [pass_flops(WORKLOADS["AEf8"], what) / 1e9 for what in ("encode", "decode")] == pytest.approx([16.9, 38.8], abs=0.05)
 
 
-def test_the_matrix_rate_is_operations_over_the_best_time(monkeypatch):
+def test_the_matrix_rate_is_asked_in_the_arithmetic_of_the_setting(monkeypatch):
     assert product_rate("cpu", "fp32", enough=1e9, largest=256) > 0
-    sizes = []
+    asked = []
+    monkeypatch.setattr(bench, "matrix_rate", lambda device, dtype, clock, **more: asked.append((dtype, clock, more)) or 3e12)
+    assert [product_rate("cpu", precision, "cpu", rounds=2) for precision in ("fp32", "bf16", "autocast")] == [3.0] * 3
+    assert asked == [(dtype, bench.time.process_time, {"rounds": 2}) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16)]
 
-    def turns(jobs, rounds, device, clock):
-        assert clock is bench.time.process_time
-        product = next(iter(jobs.values()))()
-        sizes.append((len(product), product.dtype))
-        return {"product": [4.0, 2.0 if len(product) == 512 else 1e-3, 8.0]}
-    monkeypatch.setattr(bench, "take_turns", turns)
-    assert product_rate("cpu", "bf16", "cpu", enough=1.0, largest=1024) == 2 * 512**3 / 2.0 / 1e12
-    assert sizes == [(256, torch.bfloat16), (512, torch.bfloat16)], "grown until a product takes long enough"
+
+@pytest.mark.parametrize(("name", "what", "setting"), [("S8", "train", "ldm_edu+kept-context"), ("AEf4", "encode", "ldm_edu+kept-context"),
+                                                       ("C", "sample", "ldm_edu+kept-context"), ("S8", "sample", "diffusers+foreach"), ("AEf4", "decode", "ldm_edu+plain")])
+def test_settings_without_effect_are_refused(name, what, setting):
+    with pytest.raises(ValueError, match=rf"changes nothing in {name} {what}"):
+        compare_speed(name, what, [Setting.parse(setting)])
+    check_effects([Setting(keep_context=True)], "S8", "sample"), check_effects([Setting(optimizer="plain")], "AEf4", "train")
+
+
+def test_the_processors_clock_is_for_one_thread_of_a_cpu(monkeypatch):
+    check_clock("wall", "cuda")
+    monkeypatch.setattr(bench.torch, "get_num_threads", lambda: 2)
+    with pytest.raises(ValueError, match="got cpu on cpu with 2 threads, expected one thread"):
+        check_clock("cpu", "cpu")
+    monkeypatch.setattr(bench.torch, "get_num_threads", lambda: 1)
+    check_clock("cpu", "cpu")
+    with pytest.raises(ValueError, match="got cpu on cuda"):
+        check_clock("cpu", "cuda")
+
+
+def test_a_training_step_that_answers_zeros_is_no_contender(tiny, monkeypatch):
+    """Its loss is that of an untrained network to a few percent; its answer is not."""
+    real = contenders.Contender.predict
+    settings = [OURS, Setting(channels_last=True)]
+    monkeypatch.setattr(bench, "agreement", lambda found: {c.setting.name: {"own": 0.0} for c in found})
+    monkeypatch.setattr(contenders.Contender, "predict", lambda c, *given: real(c, *given) * (0 if c.setting.channels_last else 1))
+    with pytest.raises(RuntimeError, match="what is timed gives another answer"):
+        compare_speed("T", "train", settings, rounds=2, warm=1)
 
 
 def test_memory_of_a_child_holds_gradients_and_averages():
@@ -499,6 +527,7 @@ def test_a_comparison_says_what_its_figures_depend_on(tiny):
     assert result["matrix_tflops"] == {"fp32": 0.5} and result["rows"][0]["ratio"] == 1 and len(heard) == 3
     table = speed_table(result)
     assert "T sample, batch 2, 2 of 50 guided steps, 3 rounds" in table and torch.__version__ in table and table.count("\n| ") == 4
+    assert "wall clock; others used" in table and "answers differ from float32 by at most" in table
     assert speed_table(compare_speed("A", "encode", [OURS], rounds=2, warm=1)).count("guided") == 0
 
 
@@ -545,7 +574,7 @@ def test_the_command_writes_table_and_json_and_never_over_others(tiny, tmp_path,
     path = tmp_path / "runs" / "bench" / "T-train-cpu-fp32.json"
     result = json.loads(path.read_text())
     assert out.strip() == path.with_suffix(".md").read_text().strip() == speed_table(result).strip() and "warm after" in err
-    assert [row["setting"] for row in result["rows"]] == ["diffusers+fp32", "ldm_edu+fp32"]
+    assert [row["setting"] for row in result["rows"]] == [s.name for s in settings_of("cpu-fp32", "train")]
     before = path.read_text()
     assert cli.main(args) == 2 and "exists already" in capsys.readouterr().err and path.read_text() == before
     path.unlink()

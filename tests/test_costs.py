@@ -7,7 +7,9 @@ from ldm_edu import cli
 from ldm_edu.autoencoder import AUTOENCODERS
 from ldm_edu.costs import (
     KEPT_BY_AUTOCAST,
+    LEAST_SECONDS,
     SHARE,
+    SHARE_CPU_HALF,
     STILL,
     forward_flops,
     kept_bytes,
@@ -16,7 +18,8 @@ from ldm_edu.costs import (
     predict_training,
     recipe_costs,
 )
-from ldm_edu.recipes import DIFFUSIONS, PUBLISHED_STAGES
+from ldm_edu.data import Scenes
+from ldm_edu.recipes import DIFFUSIONS, PUBLISHED_STAGES, default_conditioner
 from ldm_edu.training import TrainConfig
 from ldm_edu.unet import UNETS, UNet, UNetConfig
 
@@ -77,9 +80,15 @@ def test_memory_is_what_lies_still_and_what_the_batch_keeps():
 
 
 def test_time_is_operations_over_the_rate_that_is_reached():
-    plain, compiled = (predict_training(PLAIN, 16, 0, TrainConfig(batch_size=8, compile=c), 1e12) for c in (False, True))
-    assert plain.step_seconds == pytest.approx(plain.flops / (1e12 * SHARE["cuda"][False]))
+    plain, compiled = (predict_training(PLAIN, 16, 0, TrainConfig(batch_size=8, compile=c), 1e9) for c in (False, True))
+    assert plain.step_seconds == pytest.approx(plain.flops / (1e9 * SHARE["cuda"][False]))
     assert compiled.step_seconds / plain.step_seconds == pytest.approx(SHARE["cuda"][False] / SHARE["cuda"][True])
+    for device, precision, share in (("cpu", "fp32", SHARE["cpu"][False]), ("cpu", "bf16", SHARE_CPU_HALF), ("cuda", "bf16", SHARE["cuda"][False])):
+        costs = predict_training(PLAIN, 16, 0, TrainConfig(batch_size=8, precision=precision), 1e9, device)
+        assert costs.step_seconds == pytest.approx(costs.flops / (1e9 * share))
+    for parts in (1, 4):  # a card waits for the processor that starts its kernels
+        waits = predict_training(PLAIN, 16, 0, TrainConfig(batch_size=8, accumulation=parts), 1e15)
+        assert waits.step_seconds == LEAST_SECONDS["cuda"] * parts
     with pytest.raises(ValueError, match="expected one of 'cuda', 'cpu'"):
         predict_training(PLAIN, 16, 0, TrainConfig(), 1e12, "tpu")
 
@@ -96,7 +105,8 @@ def test_predictions_meet_what_a_card_took(name, side, tokens, batch, mib, ms):
 def test_published_recipes_keep_their_networks(name):
     recipe, stage = DIFFUSIONS[name], AUTOENCODERS[PUBLISHED_STAGES[name]]
     costs = recipe_costs(recipe, stage, 256, 1e12)
-    assert costs.parameters == PUBLISHED[recipe.unet][3] and costs.steps == recipe.train.steps
+    more = {"bsr-sr": 41_600, "semantic-synthesis256": 14_976}.get(recipe.unet, 0)  # a vector of 64; 16 channels beside the latents for 3
+    assert costs.parameters == PUBLISHED[recipe.unet][3] + more and costs.steps == recipe.train.steps
     assert stage.z_channels == UNETS[recipe.unet].out_channels, "the network fits its first stage"
 
 
@@ -116,8 +126,22 @@ def test_latents_and_words():
     assert "274,056,163 parameters" in costs.tell() and "batch 48" in costs.tell() and "days for 410,000 steps" in costs.tell()
 
 
+@pytest.mark.parametrize("name", [name for name in DIFFUSIONS if name not in PUBLISHED_STAGES and DIFFUSIONS[name].conditioner != "text"])
+def test_what_is_counted_is_what_the_recipe_builds(name):
+    """The network that `train_diffusion` would assemble on Scenes, by its conditioner's own words."""
+    recipe, stage = DIFFUSIONS[name], AUTOENCODERS["kl-f4"].replace(z_channels=4)
+    conditioner = default_conditioner(recipe.conditioner, Scenes(32, n=2), UNETS[recipe.unet].context_dim, recipe.pooled, stage)
+    config = UNETS[recipe.unet].replace(in_channels=4 + conditioner.concat_channels, out_channels=4, context_dim=conditioner.context_dim, c_dim=conditioner.c_dim)
+    with torch.device("meta"):
+        expected = sum(p.numel() for p in UNet(config).parameters())
+    assert recipe_costs(recipe, stage, 32, 1e12).parameters == expected
+
+
 def test_the_rate_is_a_rate():
-    assert 1e8 < matrix_rate("cpu", side=256, rounds=3) < 1e14
+    assert 1e8 < matrix_rate("cpu", largest=256, rounds=3) < 1e14
+    ticks = iter(range(10**6))
+    seen = matrix_rate("cpu", torch.bfloat16, enough=1.0, rounds=2, clock=lambda: next(ticks))
+    assert seen == 2 * 256**3, "one tick a product: the first size is large enough"
 
 
 def test_the_command_says_what_a_run_needs_and_trains_nothing(tmp_path, capsys):
