@@ -53,6 +53,7 @@ class FirstStageTask(TrainingTask):
     def __init__(self, stage: nn.Module, size: int, data: str = ""):
         self.stage = self.model = stage
         self.size, self.data = size, data  # in pixels; what the card says of them
+        self.shardable = stage.config.kind != "vq"  # codebooks move their codes by themselves
 
     def configure(self, dataset, config, device) -> None:
         """Remember the data, whose latents are measured at the end; start a codebook from k-means and keep its codes in use."""
@@ -164,6 +165,10 @@ class DiffusionTask(TrainingTask):
     def __init__(self, ldm: LatentDiffusion, recipe: "DiffusionRecipe", stage_hash: str, data: str = "", start: Mapping | None = None):
         self.ldm, self.model, self.recipe, self.stage_hash, self.data = ldm, ldm.net, recipe, stage_hash, data
         self.start = dict(start or {})  # of the model that this run goes on from: hash of its weights, its card
+
+    def configure(self, dataset, config, device) -> None:
+        """Move the frozen first stage, which encodes what conditions hide, to this process's device."""
+        self.ldm.first_stage.to(device)
 
     def loss(self, model: nn.Module, batch: Mapping, rng) -> tuple[Tensor, dict]:
         """Per-sample loss (b,): noise the latents at random steps, drop some conditions, predict."""
