@@ -53,12 +53,13 @@ class FirstStageTask(TrainingTask):
     def __init__(self, stage: nn.Module, size: int, data: str = ""):
         self.stage = self.model = stage
         self.size, self.data = size, data  # in pixels; what the card says of them
-        self.shardable = stage.config.kind != "vq"  # codebooks move their codes by themselves
 
     def configure(self, dataset, config, device) -> None:
         """Remember the data, whose latents are measured at the end; start a codebook from k-means and keep its codes in use."""
         self.dataset = dataset
         if self.stage.config.kind == "vq":
+            if config.sharding == "full":
+                raise ValueError("sharding: got 'full' for a VQ first stage, expected 'none': its codebook moves codes itself, and would move a copy")
             start_codebook(self.stage, dataset, config.seed)
             self.stage.quantize.reduce, self.stage.quantize.process = self.reduce, self.process
 

@@ -263,7 +263,8 @@ def restore_optimizer(model: nn.Module, optimizer, tensors: Mapping[str, Tensor]
         by_name.setdefault(name, {})[kind] = value
     state = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    placed = lambda value, p: cut_like(value, p) if hasattr(p, "full_tensor") else torch.empty_like(p, dtype=value.dtype, device=value.device).copy_(value)
+    laid_out = lambda value, p: torch.empty_like(p, dtype=value.dtype, device=value.device).copy_(value)
+    placed = lambda value, p: cut_like(value, p) if hasattr(p, "full_tensor") else laid_out(value, p)
     alike = lambda value, p: placed(value, p) if value.shape == p.shape else value
     state["state"] = {i: {kind: alike(value, p) for kind, value in by_name[names[id(p)]].items()}
                       for i, p in enumerate(parameters) if names[id(p)] in by_name}

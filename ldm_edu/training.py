@@ -109,7 +109,6 @@ class TrainingTask:
     parts: tuple[str, ...] = ("",)  # in the order of their updates; the loss of the first is the run's loss
     validation_batch = None  # set by the trainer from its validation data, already on the device
     find_unused_parameters = False  # True when some parameters take no part in some steps (several processes only)
-    shardable = True  # False when `loss` itself changes parameters, of which a sharded run holds only shares
 
     def configure(self, dataset, config, device: torch.device) -> None:
         """Called once before training, on each process: move frozen parts to `device`, estimate what the data decides."""
@@ -484,9 +483,8 @@ def run_identity(task: TrainingTask, dataset, config: TrainConfig) -> dict:
     if config.flip and not getattr(dataset, "flip_safe", False):
         raise ValueError("flip: got True, expected False: the data set is not flip_safe (captions, boxes or cached latents "
                          "would not follow the mirror)")
-    if config.sharding == "full" and (len(task.parts) > 1 or not task.shardable):
-        raise ValueError(f"sharding: got 'full' for a {type(task).__name__} of parts {', '.join(map(repr, task.parts))}, expected 'none': "
-                         "only a task of one part whose loss leaves the parameters alone can be sharded")
+    if config.sharding == "full" and len(task.parts) > 1:
+        raise ValueError(f"sharding: got 'full' for the parts {', '.join(task.parts)} of a {type(task).__name__}, expected 'none', or one part")
     data = {"items": len(dataset), "fingerprint": dataset.fingerprint() if hasattr(dataset, "fingerprint") else None}
     return {"task": task.describe(), "dataset": data, "config": config}
 

@@ -98,9 +98,9 @@ def test_accelerate_launch_with_fsdp_asks_for_sharding(value, expected, monkeypa
 
 def test_what_cannot_be_sharded_is_refused(tmp_path):
     full = program.CIRCLE.replace(sharding="full")
-    with pytest.raises(ValueError, match="sharding: got 'full' for a GameTask of parts 'player', 'critic', expected 'none'"):
+    with pytest.raises(ValueError, match="sharding: got 'full' for the parts player, critic of a GameTask, expected 'none'"):
         training.train(toy.GameTask(), toy.Circle(), full, tmp_path / "game", progress=False)
-    with pytest.raises(ValueError, match="sharding: got 'full' for a FirstStageTask"):
+    with pytest.raises(ValueError, match="sharding: got 'full' for a VQ first stage"):
         sharded_vq(tmp_path / "vq")
     with pytest.raises(ValueError, match="sharding: got 'half', expected one of 'none', 'full'"):
         program.CIRCLE.replace(sharding="half")
@@ -208,7 +208,7 @@ def test_logs_are_not_doubled(relay):
 
 
 def test_two_parts_are_refused_on_every_process(relay):
-    assert all("sharding: got 'full' for a GameTask" in told["error"] for told in relay[1][10])
+    assert all("sharding: got 'full' for the parts player, critic" in told["error"] for told in relay[1][10])
 
 
 def test_processes_that_see_different_folders_refuse(relay):
