@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import load_checkpoint, newest_checkpoint, plain_tensors, rotate_checkpoints, save_checkpoint
 from .core import Config, check_choice, check_shape, default_device, derive_seed, write_json
-from .processes import asked_sharding, cut_state, hand_over, hollow, in_group, one_voice, refill, shard_model, whole, whole_state
+from .processes import asked_sharding, cut_state, gathered, hand_over, hollow, in_group, one_voice, refill, shard_model, whole_state
 from ldm_edu.runs import (
     NonFiniteLoss, OutOfMemory, RunLog, StepReport, StopSignals, TrainingInterrupted, TrainResult, batch_rows, check_folder, due,
     explain_out_of_memory, fetch_batch, kept_globals, optimizer_tensors, plain, restore_optimizer, restore_rng, rng_states,
@@ -361,7 +361,7 @@ def part_gradient(run: Run, part: str, batch, wants_stop: Callable[[], bool]) ->
         for key, value in extra.items():
             logs[key] = logs.get(key, 0) + torch.as_tensor(value).detach().float().mean().to(total.device) * len(cut)
     parameters = [p for group in run.optimizers[part].param_groups for p in group["params"]]
-    norm = whole(torch.as_tensor(accelerator.clip_grad_norm_(parameters, config.grad_clip or float("inf")))).to(total)
+    norm = gathered(torch.as_tensor(accelerator.clip_grad_norm_(parameters, config.grad_clip or float("inf")))).to(total)
     seen = torch.stack([total, torch.tensor(float(wants_stop()), device=total.device)])
     loss, stop, norm = torch.cat([accelerator.reduce(seen, "sum"), norm[None]]).tolist()
     return loss, norm, logs, stop > 0

@@ -1,4 +1,4 @@
-"""Trainings for the tests of many processes; as a program under torchrun it does those that a JSON file lists, in turn."""
+"""Trainings for the tests of many processes; as a program under torchrun it does those that a JSON file lists, or a command."""
 import contextlib
 import json
 import os
@@ -132,5 +132,17 @@ def main(folder: Path) -> None:
     training.leave_together()
 
 
+def command_line(args: list[str]) -> int:
+    """Run a command of `ldm-edu`, and say so if the process is still in a group at its end."""
+    from ldm_edu import cli
+
+    code = cli.main(args)
+    if torch.distributed.is_initialized():
+        print("still in a group", file=sys.stderr)
+    return code
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "--cli":
+        raise SystemExit(command_line(sys.argv[2:]))
     main(Path(sys.argv[1]))
