@@ -40,12 +40,12 @@ from .losses import AdversarialConfig
 from .metrics import bootstrap, lpips, psnr, ssim
 from .perceptual import PERCEPTUAL_CONFIG, PerceptualTraining, load_perceptual, measure_perceptual, save_perceptual, train_perceptual
 from .placement import grade_classes, grade_fills, grade_layouts, grade_maps
-from .processes import is_first, launched
+from .processes import is_first, launched, leave_together
 from .recipes import (DIFFUSIONS, FIRST_STAGES, PIXELS_ONLY, PUBLISHED_STAGES, code_version, conditioner_keys, describe_data, machine, train_autoencoder,
                              train_diffusion, write_picture)
 from .runs import TrainingInterrupted
 from .superres import grade_enlarged, low_res_pairs
-from .training import TrainConfig, choose_precision, leave_together
+from .training import TrainConfig, choose_precision
 from .viz import to_pil
 
 # %% ../nbs/93_cli.ipynb #2c6ecba7

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sharding_units', 'in_group', 'shard_model', 'hand_over', 'gathered', 'whole_state', 'cut_like', 'cut_state',
-           'held_bytes', 'hollow', 'refill', 'is_first', 'one_voice', 'launched', 'asked_sharding']
+           'held_bytes', 'hollow', 'refill', 'is_first', 'one_voice', 'launched', 'leave_together', 'asked_sharding']
 
 # %% ../nbs/94b_processes.ipynb #9cf94bbf
 """A model shared out over several processes, put together again, and a tidy way in and out of their group.
@@ -129,6 +129,14 @@ def launched() -> Iterator[None]:
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
     with one_voice():
         yield
+
+
+def leave_together() -> None:
+    """Wait for the other processes and leave their group, if there is one: for programs that `torchrun` starts, at their end."""
+    if in_group():
+        nccl = "nccl" in torch.distributed.get_backend()
+        torch.distributed.barrier(device_ids=[torch.accelerator.current_device_index()] if nccl else None)
+        torch.distributed.destroy_process_group()
 
 
 def asked_sharding(name: str) -> str:

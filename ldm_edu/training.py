@@ -6,8 +6,7 @@
 __all__ = ['CHANGEABLE', 'RowRandom', 'epoch_order', 'batch_indices', 'TrainingTask', 'TrainConfig', 'learning_rate', 'ema_decay',
            'EMA', 'make_optimizer', 'simple_loop', 'StepBatches', 'step_loader', 'Run', 'only_part', 'part_gradient',
            'apply_part', 'train_step', 'save', 'restore', 'choose_precision', 'make_accelerator', 'run_identity',
-           'wrap_model', 'start_run', 'report_step', 'whole_average', 'evaluate', 'export', 'run_steps', 'train',
-           'leave_together']
+           'wrap_model', 'start_run', 'report_step', 'whole_average', 'evaluate', 'export', 'run_steps', 'train']
 
 # %% ../nbs/08_training.ipynb #252401ac
 """The training loop of both stages: one task, one data set, one config, any number of processes, resumable at any moment.
@@ -26,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast, patch_environment, send_to_device
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -420,7 +419,7 @@ def save(run: Run) -> None:
         run.saved = root / f"step-{run.step:08d}"
     run.accelerator.wait_for_everyone()
 
-
+# %% ../nbs/08_training.ipynb #04973e5e
 def restore(run: Run) -> None:
     """Go back to the newest whole checkpoint, if there is one; ValueError unless all processes find the same."""
     folder = newest_checkpoint(run.out / "checkpoints")
@@ -636,11 +635,3 @@ def train(task: TrainingTask, dataset, config: TrainConfig, out: str | Path, *, 
             run.accelerator.unwrap_model(run.callable, keep_fp32_wrapper=False)
             task.validation_batch = None
         return TrainResult(run.step, list(run.losses), run.seconds, out, average)
-
-
-def leave_together() -> None:
-    """Wait for the other processes and leave their group, if there is one: for programs that `torchrun` starts, at their end."""
-    if in_group():
-        state = PartialState()
-        state.wait_for_everyone()  # who tears connections down while another still uses them may abort it
-        state.destroy_process_group()

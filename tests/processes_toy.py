@@ -13,7 +13,7 @@ import torch  # noqa: E402
 import training_toy as toy  # noqa: E402
 
 from ldm_edu import checkpoint, training  # noqa: E402
-from ldm_edu.processes import held_bytes  # noqa: E402
+from ldm_edu.processes import held_bytes, leave_together  # noqa: E402
 
 CIRCLE = toy.CONFIG.replace(steps=30, save_every=4, validate_every=6, log_every=1)
 DIFFUSION = toy.CONFIG.replace(steps=12, batch_size=8, lr=1e-3, warmup_steps=2, lr_schedule="constant", validate_every=4, save_every=4,
@@ -129,7 +129,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     for i, job in enumerate(json.loads((folder / "jobs.json").read_text())):
         (folder / f"told{i}-{os.environ['RANK']}.json").write_text(json.dumps(do(job, folder)))
-    training.leave_together()
+    leave_together()
 
 
 def command_line(args: list[str]) -> int:
