@@ -40,6 +40,7 @@ from .losses import AdversarialConfig
 from .metrics import bootstrap, lpips, psnr, ssim
 from .perceptual import PERCEPTUAL_CONFIG, PerceptualTraining, load_perceptual, measure_perceptual, save_perceptual, train_perceptual
 from .placement import grade_classes, grade_fills, grade_layouts, grade_maps
+from .processes import is_first, launched, leave_together
 from .recipes import (DIFFUSIONS, FIRST_STAGES, PIXELS_ONLY, PUBLISHED_STAGES, code_version, conditioner_keys, describe_data, machine, train_autoencoder,
                              train_diffusion, write_picture)
 from .runs import TrainingInterrupted
@@ -137,7 +138,10 @@ class TrainAutoencoder:
 
 @dataclass(frozen=True)
 class Train:
-    """Train a latent diffusion model on a first stage's latents; an interrupted run goes on when started again."""
+    """Train a latent diffusion model on a first stage's latents; an interrupted run goes on when started again.
+
+    In N processes: `torchrun --nproc-per-node N -m ldm_edu train ...`; with --sharding full they share the model out (FSDP).
+    """
 
     data: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     first_stage: str = "scenes-kl-f4"  # a shipped first stage, or the folder of your own
@@ -516,9 +520,14 @@ def main(args: list[str] | None = None) -> int:
     """Run the command that the arguments name; returns the exit code: 0 done, 2 a wrong request, 1 a failed run, 130 or 143 stopped by a signal."""
     args = sys.argv[1:] if args is None else list(args)
     try:
-        return _parse(args).run()
+        with launched():
+            code = _parse(args).run()
+        leave_together()
+        return code
     except TrainingInterrupted as stop:
-        print(f"ldm-edu: {stop}", file=sys.stderr)
+        if is_first():
+            print(f"ldm-edu: {stop}", file=sys.stderr)
+        leave_together()
         return stop.exit_code
     except (ValueError, TypeError, FileNotFoundError, NotADirectoryError) as err:
         print(f"ldm-edu: {err}", file=sys.stderr)

@@ -58,6 +58,8 @@ class FirstStageTask(TrainingTask):
         """Remember the data, whose latents are measured at the end; start a codebook from k-means and keep its codes in use."""
         self.dataset = dataset
         if self.stage.config.kind == "vq":
+            if config.sharding == "full":
+                raise ValueError("sharding: got 'full' for a VQ first stage, expected 'none': its codebook moves codes itself, and would move a copy")
             start_codebook(self.stage, dataset, config.seed)
             self.stage.quantize.reduce, self.stage.quantize.process = self.reduce, self.process
 
@@ -164,6 +166,10 @@ class DiffusionTask(TrainingTask):
     def __init__(self, ldm: LatentDiffusion, recipe: "DiffusionRecipe", stage_hash: str, data: str = "", start: Mapping | None = None):
         self.ldm, self.model, self.recipe, self.stage_hash, self.data = ldm, ldm.net, recipe, stage_hash, data
         self.start = dict(start or {})  # of the model that this run goes on from: hash of its weights, its card
+
+    def configure(self, dataset, config, device) -> None:
+        """Move the frozen first stage, which encodes what conditions hide, to this process's device."""
+        self.ldm.first_stage.to(device)
 
     def loss(self, model: nn.Module, batch: Mapping, rng) -> tuple[Tensor, dict]:
         """Per-sample loss (b,): noise the latents at random steps, drop some conditions, predict."""
