@@ -330,6 +330,18 @@ def test_workers_open_files_of_their_own(zoo, cache, context):
     assert pickle.loads(pickle.dumps(data))[3]["image"].equal(plain[3])
 
 
+def test_a_forked_process_has_handles_of_its_own(zoo):
+    files = ShardFiles(find_shards(zoo / "shards"))
+    first = files.read(0, 0, 600)
+    child = os.fork()
+    if child == 0:
+        files._lock.acquire()  # as if another thread of the parent had held it at the fork
+        former = dict(files._handles)
+        same = files.read(0, 0, 600) == first
+        os._exit(0 if same and files._pid == os.getpid() and files._handles[0] is not former[0] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and files.read(0, 0, 600) == first
+
+
 def test_few_handles_are_open(zoo):
     files = ShardFiles(find_shards(zoo / "shards"), most=2)
     for i in range(len(files.paths)):
