@@ -11,6 +11,7 @@ import importlib
 _WHERE = {
     "load": "ldm", "load_first_stage": "ldm", "save": "ldm", "pretrained_names": "ldm", "LatentDiffusion": "ldm", "LDMConfig": "ldm",
     "Scenes": "data", "make_prompts": "data", "ImageFolder": "folders", "from_torchvision": "folders",
+    "TarImages": "tar_images", "pack_images": "tar_images",
     "AutoencoderVQ": "quantize", "IdentityStage": "quantize", "make_first_stage": "quantize",
     "AutoencoderKL": "autoencoder", "AutoencoderConfig": "autoencoder", "UNet": "unet", "UNetConfig": "unet",
     "Conditioner": "conditioning", "Condition": "conditioning", "TextConditioner": "conditioning", "ClassConditioner": "conditioning",

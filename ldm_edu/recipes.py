@@ -28,10 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from .autoencoder import AUTOENCODERS, AutoencoderConfig, LatentStatistics, first_stage_loss, latent_statistics
-from .checkpoint import cache_latents, newest_checkpoint, state_hash
+from .checkpoint import newest_checkpoint, state_hash
 from .conditioning import CONDITIONERS, ClassConfig, ClassConditioner, NoCondition, TextConditioner, TextConfig, train_tokenizer
 from .core import Config, check_choice, default_device
 from .inpainting import InpaintConditioner, InpaintConfig
+from .latent_shards import latent_cache
 from .layout import JointConditioner, LayoutConditioner, LayoutConfig, SemanticConditioner, SemanticConfig
 from .ldm import ConditionalUNet, LatentDiffusion, LDMConfig, build, save
 from .losses import AdversarialConfig, AdversarialStage, discriminator_loss, generator_loss
@@ -295,7 +296,7 @@ def train_diffusion(data, first_stage: nn.Module, recipe: str | DiffusionRecipe 
     """Train a latent diffusion model on the latents of `first_stage` and return it (EMA weights), saved in `out`.
 
     `data`: a data set whose items hold `image` and what the conditioner reads (`caption`, `label`, `boxes` and `box_labels`, `semantic`, `low_res`, `mask`).
-    The latents are computed once, into `out`/latents; the scale factor is 1 / their standard deviation.
+    The latents are computed once, into `out`/latents, large ones in shards and by all processes (see `latent_shards`); the scale factor is 1 / their standard deviation.
     `conditioner`: your own `Conditioner`, in place of the recipe's. `start_from`: a model of the same first stage whose
     weights, architecture and scale factor to go on from (it is trained in place). A run that was interrupted goes on where it stopped.
     Raises ValueError where `out` holds another run, the data lack what the conditioner reads, or `start_from` does not fit.
@@ -311,7 +312,7 @@ def train_diffusion(data, first_stage: nn.Module, recipe: str | DiffusionRecipe 
                                                      first_stage.config)
     stage_hash = state_hash(first_stage)
     encode = functools.partial(_moments, first_stage.eval())
-    cache = functools.partial(cache_latents, encode, folder=Path(out) / "latents", key=stage_hash, keys_to_keep=conditioner.keys,
+    cache = functools.partial(latent_cache, encode, folder=Path(out) / "latents", key=stage_hash, keys_to_keep=conditioner.keys,
                               progress=progress)
     latents = cache(data, flips=options.flip)
     validation = cache(validation) if validation is not None else None

@@ -86,13 +86,16 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch)))
 
 
-def batch_indices(n: int, batch_size: int, seed: int, step: int) -> list[int]:
+def batch_indices(data: int | Dataset, batch_size: int, seed: int, step: int) -> list[int]:
     """Items of the global batch of `step` (counted from 0): a pure function, so that resuming needs no loader's state.
 
+    data: how many items there are, or a data set, whose own `epoch_order(seed, epoch)` is followed if it has one.
     Epochs are permutations laid end to end: a batch may span two, and every item comes exactly once in each.
     """
+    n = data if isinstance(data, int) else len(data)
+    order = getattr(data, "epoch_order", None) or functools.partial(epoch_order, n)
     places = range(step * batch_size, (step + 1) * batch_size)
-    return [int(epoch_order(n, seed, p // n)[p % n]) for p in places]
+    return [int(order(seed, p // n)[p % n]) for p in places]
 
 # %% ../nbs/08_training.ipynb #641b2991
 class TrainingTask:
@@ -257,7 +260,7 @@ def simple_loop(task: TrainingTask, dataset, config: TrainConfig, after_step: Ca
     ema = EMA(task.model, config.ema_decay, config.ema_warmup)
     parameters, losses = list(task.model.parameters()), []
     for step in range(config.steps):
-        batch = fetch_batch(dataset, batch_indices(len(dataset), config.batch_size, config.seed, step))
+        batch = fetch_batch(dataset, batch_indices(dataset, config.batch_size, config.seed, step))
         loss = task.loss(task.model, batch, RowRandom(config.seed, step, range(config.batch_size)))[0].mean()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, config.grad_clip or float("inf"))
@@ -287,7 +290,7 @@ class StepBatches(Dataset):
 
     def __getitem__(self, step: int):
         config = self.config
-        indices = batch_indices(len(self.dataset), config.batch_size, config.seed, step)[self.rows.start : self.rows.stop]
+        indices = batch_indices(self.dataset, config.batch_size, config.seed, step)[self.rows.start : self.rows.stop]
         flips = RowRandom(config.seed, step, self.rows).uniform("flip") < 0.5 if config.flip else None
         seeds = [derive_seed(config.seed, step, row, "data") for row in self.rows]
         return fetch_batch(self.dataset, indices, seeds, flips)
@@ -372,7 +375,7 @@ def apply_part(run: Run, part: str, loss: float, norm: float) -> None:
     run.skipped = run.skipped + 1 if scaled and not np.isfinite(norm) else 0
     if not np.isfinite(loss) or (not np.isfinite(norm) and not scaled) or run.skipped > 20:
         run.optimizers[part].zero_grad()
-        indices = batch_indices(len(run.batches.dataset), config.batch_size, config.seed, run.step)
+        indices = batch_indices(run.batches.dataset, config.batch_size, config.seed, run.step)
         raise NonFiniteLoss(run.step, loss, norm, indices, run.saved)
     for group in run.optimizers[part].param_groups:
         group["lr"] = learning_rate(config, run.step) * group["lr_scale"]
@@ -485,6 +488,8 @@ def run_identity(task: TrainingTask, dataset, config: TrainConfig) -> dict:
     if config.sharding == "full" and len(task.parts) > 1:
         raise ValueError(f"sharding: got 'full' for the parts {', '.join(task.parts)} of a {type(task).__name__}, expected 'none', or one part")
     data = {"items": len(dataset), "fingerprint": dataset.fingerprint() if hasattr(dataset, "fingerprint") else None}
+    if order := getattr(dataset, "epoch_order", None):
+        data["order"] = order.fingerprint()
     return {"task": task.describe(), "dataset": data, "config": config}
 
 # %% ../nbs/08_training.ipynb #97e176c7
