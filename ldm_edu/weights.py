@@ -94,9 +94,10 @@ def recognise(unet: Mapping[str, Tensor]) -> list[str]:
 def recognise_stage(stage: Mapping[str, Tensor]) -> list[str]:
     """The first stages of AUTOENCODERS that have exactly these names and shapes."""
     shapes, found = {name: x.shape for name, x in stage.items()}, []
-    for name, config in AUTOENCODERS.items():
+    like = len({name.split(".")[2] for name in stage if name.startswith("encoder.down.")}), len(stage.get("quantize.embedding.weight", ()))
+    for name in [name for name, config in AUTOENCODERS.items() if (len(config.ch_mult), config.codes) == like]:
         with torch.device("meta"):
-            own = make_first_stage(config)
+            own = make_first_stage(AUTOENCODERS[name])
         mine = from_ours(first_stage_entries(own), own.state_dict())
         found += [name] if {key: x.shape for key, x in mine.items()} == shapes else []
     return found

@@ -100,6 +100,15 @@ def test_half_precision_is_rounded_once_and_read_back(tmp_path, clip, to, dtype)
     assert 0 < done.rounding <= (2**-11 if dtype == "float16" else 2**-8) and f"rounded by at most {done.rounding:.1e}" in done.tell()
 
 
+def test_tables_are_not_rounded_with_the_weights(tmp_path):
+    """A noise table in half precision would be another schedule, and 0.18215 another factor."""
+    model = make(scale_factor=0.18215)
+    W.save_compvis(model, tmp_path / "m.safetensors", dtype=torch.bfloat16)
+    found = load_file(tmp_path / "m.safetensors")
+    assert torch.equal(found["alphas_cumprod"], model.schedule.alphas_cumprod) and abs(found["scale_factor"].item() - 0.18215) < 1e-8
+    assert {x.dtype for name, x in found.items() if name.startswith((UNET, STAGE))} == {torch.bfloat16}
+
+
 def test_numbers_that_do_not_fit_are_refused(tmp_path):
     model = make()
     with torch.no_grad():
