@@ -469,10 +469,10 @@ class Bench:
 class Convert:
     """Write a model in another layout: says what lies at --from and what stays behind, refuses to lose or to guess, and reads back what it wrote."""
 
-    source: Annotated[str, tyro.conf.arg(name="from")] = ""  # a .ckpt or .safetensors of the original's layout, a diffusers folder, a folder of yours, or a shipped name
+    source: Annotated[str, tyro.conf.arg(name="from")] = ""  # a .ckpt or .safetensors, a diffusers folder, a folder of yours, a shipped name
     out: Path = Path("runs/converted")  # a new folder; for --to compvis a new .safetensors file
     to: str = "ours"  # ours, diffusers or compvis (the original's layout)
-    config: str | None = None  # for files, which do not say it: a released model's name (sd-v1, celeba256, ...), or a config.json of this library; guessed where one fits
+    config: str | None = None  # for files: a released model's name (sd-v1, ...) or a config.json of this library; known by itself where one fits
     ema: str | None = None  # for files that hold both: yes takes the averaged UNet, no the last one
     encoder: str | None = None  # for files whose model reads text: the folder with its tokenizer's vocab.json and merges.txt
     dtype: str = "float32"  # of the weights that are written: float32, float16 or bfloat16
@@ -490,7 +490,8 @@ class Convert:
             if found.wanting:
                 raise ValueError("; ".join(found.wanting))
             return 0
-        done = convert_model(self.source, self.out, self.to, self.config, ema, self.encoder, self.dtype, self.overwrite, lambda text: print(text, flush=True))
+        tell = lambda text: print(text, flush=True)
+        done = convert_model(self.source, self.out, self.to, self.config, ema, self.encoder, self.dtype, self.overwrite, tell)
         print(done.tell())
         return 0
 
