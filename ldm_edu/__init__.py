@@ -22,6 +22,7 @@ _WHERE = {
     "classifier_guided": "editing", "image_guided": "editing", "sdedit": "editing", "repaint": "editing", "inpaint": "editing",
     "edit_by_inversion": "editing", "slerp": "editing", "blend_conditions": "editing", "prompt_denoiser": "editing",
     "load_compvis": "weights", "save_compvis": "weights", "load_diffusers": "weights", "save_diffusers": "weights",
+    "convert_model": "convert", "inspect_model": "inspection",
     "profile": "core", "use_profile": "core",
 }
 __all__ = ["__version__", *_WHERE]

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BUILDERS', 'INERT', 'STARTS', 'RESTRICTED', 'STEMS', 'SCHEDULE', 'UNET', 'EMA', 'STAGE', 'READER', 'FOREIGN',
            'Placeholder', 'RefusedPickle', 'RestrictedUnpickler', 'tell_file', 'check_no_program', 'read_tensors',
-           'weight_file', 'read_folder', 'Checkpoint', 'averaged', 'split_checkpoint', 'check_kind']
+           'weight_file', 'Counted', 'tally', 'own_tensors', 'read_folder', 'Checkpoint', 'averaged',
+           'split_checkpoint', 'check_kind']
 
 # %% ../nbs/99b_weight_files.ipynb #1e1bf7b4
 """Read other people's files of weights: safetensors, and pickles that may call nothing but what builds tensors and containers.
@@ -163,6 +164,29 @@ def weight_file(folder: str | Path) -> Path | None:
     names = (name for half in ("", ".fp16") for end in (".safetensors", ".bin") for stem in STEMS
              for name in (f"{stem}{end}.index{half}.json", f"{stem}{half}{end}"))
     return next((Path(folder) / name for name in names if (Path(folder) / name).is_file()), None)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Tensors that belong together, counted."""
+
+    tensors: int
+    numbers: int
+    kinds: str  # their precisions
+
+
+def tally(state: Mapping[str, Tensor]) -> Counted:
+    """Count tensors, numbers and precisions."""
+    return Counted(len(state), sum(x.numel() for x in state.values()), ", ".join(sorted({str(x.dtype).removeprefix("torch.") for x in state.values()})))
+
+
+def own_tensors(state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """A state dict on the CPU, as safetensors wants it: no two tensors share memory. Those that share none already are not copied.
+
+    `dtype`: of the floating ones; None: as they are.
+    """
+    state = {name: x.detach().to(device="cpu", dtype=dtype if x.is_floating_point() else None).contiguous() for name, x in state.items()}
+    return {name: x if x.untyped_storage().nbytes() == x.nbytes else x.clone() for name, x in state.items()}
 
 
 def read_folder(folder: str | Path) -> dict[str, Tensor]:

@@ -42,6 +42,31 @@ def test_tokens_are_those_of_transformers(activation):
             assert_close(ours(ids), theirs(input_ids=ids).last_hidden_state, atol=1e-5, rtol=0)
 
 
+def test_an_encoder_of_one_layer_by_hand():
+    """Embeddings, norm, attention that looks back, norm, two layers with OpenAI's bend, and the last norm [CLIP sec. 2.4]."""
+    model = randomise(ClipText(ClipTextConfig(20, 8, 1, 2, 16, 6))).eval()
+    w, ids = model.state_dict(), torch.tensor([[3, 19, 0, 7]])
+
+    def norm(x, name):
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ w[f"{layer}.{name}.weight"].T + w[f"{layer}.{name}.bias"]
+
+    layer = "encoder.layers.0"
+    x = w["embeddings.token_embedding.weight"][ids[0]] + w["embeddings.position_embedding.weight"][:4]
+    h = norm(x, f"{layer}.layer_norm1")
+    q, k, v = (linear(h, f"self_attn.{name}_proj") for name in "qkv")
+    read = []
+    for part in (slice(0, 4), slice(4, 8)):
+        scores = q[:, part] @ k[:, part].T / 2
+        read.append(torch.stack([scores[i, : i + 1].softmax(0) @ v[: i + 1, part] for i in range(4)]))
+    x = x + linear(torch.cat(read, 1), "self_attn.out_proj")
+    wide = linear(norm(x, f"{layer}.layer_norm2"), "mlp.fc1")
+    x = x + linear(wide / (1 + torch.exp(-1.702 * wide)), "mlp.fc2")
+    assert_close(model(ids)[0], norm(x, "final_layer_norm"), atol=1e-5, rtol=1e-5)
+
+
 def test_size_of_stable_diffusion_s_encoder():
     with torch.device("meta"):
         model = ClipText(ClipTextConfig())
