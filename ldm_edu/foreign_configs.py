@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .autoencoder import AUTOENCODERS, AutoencoderConfig
@@ -121,8 +122,10 @@ def unet_config(values: Mapping, where: str = "unet") -> UNetConfig:
 def unet_values(config: UNetConfig, sample_size: int, linear: bool = False) -> dict:
     """Our UNet's config as theirs, with the class that reads it; `linear`: with projections as matrices (see `keymaps.unet_entries`).
 
-    Raises ValueError for what theirs cannot say: resblock_updown with a context, and in a plain UNet heads of different widths.
+    Raises ValueError for what theirs cannot say: a vector, a context at some levels only, resblock_updown with a context, and in a plain UNet heads of different widths.
     """
+    if config.c_dim is not None or config.cross_levels is not None:
+        raise ValueError(f"got a UNet with c_dim {config.c_dim} and cross_levels {config.cross_levels}, expected neither: diffusers' configs cannot say them")
     plain, widths = config.context_dim is None, [config.model_channels * mult for mult in config.ch_mult]
     attended = [factor in config.attention_levels for factor in config.factors]
     names = BLOCKS["context" if not plain else "resnet" if config.resblock_updown else "conv"]
@@ -264,12 +267,17 @@ def released_config(name: str, encoder: str | Path | None = None, scale_factor: 
     if what.reader == "frozen-text" and encoder is None:
         raise ValueError(f"encoder: got none, expected for {name!r} a folder (or a name on the hub) with CLIP's vocab.json and merges.txt; its weights may come from the checkpoint")
     if factor is None:
-        raise ValueError(f"scale_factor: got none in the file, expected one: {name!r} measured it in training")
+        raise ValueError(f"scale_factor: got none in the file, expected one, as {name!r} measured it in training: give released_config({name!r}, scale_factor=...) in place of the name")
     reader = {"none": {"name": "none"}, "class": {"name": "class", "config": {"n_classes": 1000, "width": unet.context_dim}},
               "superres": {"name": "superres", "config": {"factor": 4, "downsample_factor": 4, "noise": 0.0, "width": 0}},
               "frozen-text": {"name": "frozen-text", "config": {"model": str(encoder)}}}[what.reader]
     schedule = ScheduleConfig("scaled_linear", 1000, what.beta_start, what.beta_end)
     return LDMConfig(AUTOENCODERS[what.first_stage], unet, reader, schedule, "eps", factor, what.image_size, what.guidance_scale)
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """How far a number up to 1 may be from what it was in float32, when it was stored in this type."""
+    return max(1e-5, torch.finfo(dtype).eps if dtype.is_floating_point else 0.0)
 
 
 def check_tables(found: Mapping[str, Tensor], config: LDMConfig, scale_factor: float | None) -> None:
@@ -278,9 +286,10 @@ def check_tables(found: Mapping[str, Tensor], config: LDMConfig, scale_factor: f
     for name in ("betas", "alphas_cumprod"):
         if name in found:
             expected, got = getattr(schedule, name).double(), found[name].double()
-            gap = (got - expected).abs().max().item() if got.shape == expected.shape else float("inf")
-            faults += [] if gap <= 1e-5 else [f"{name}: got {len(got)} values that differ from the config's {len(expected)} by {gap:.2g}, expected the same within 1e-05"]
-    if scale_factor is not None and not abs(scale_factor / config.scale_factor - 1) < 1e-5:
+            gap, bound = (got - expected).abs().max().item() if got.shape == expected.shape else float("inf"), _rounding(found[name].dtype)
+            faults += [] if gap <= bound else [f"{name}: got {len(got)} values that differ from the config's {len(expected)} by {gap:.2g}, expected the same within {bound:.0e}"]
+    halved = any(x.dtype in (torch.float16, torch.bfloat16) for x in found.values())
+    if scale_factor is not None and not abs(scale_factor / config.scale_factor - 1) < (_rounding(torch.bfloat16) if halved else 1e-5):
         faults.append(f"scale_factor: got {scale_factor} in the file, expected {config.scale_factor}")
     if faults:
         raise ValueError("; ".join(faults))

@@ -27,7 +27,7 @@ from .core import Config, atomic_path, check_shape, read_json, write_json, write
 from .weight_files import own_tensors, read_folder, weight_file
 
 # %% ../nbs/96b_frozen_text.ipynb #71a7d8bc
-FILES = ("config.json", "vocab.json", "merges.txt", "tokenizer.json")
+FILES = ("config.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 PLACES = ("", "text_encoder/", "tokenizer/")  # a folder of its own, or a pipeline's
 
 

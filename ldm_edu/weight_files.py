@@ -211,7 +211,7 @@ class Checkpoint:
     conditioner: dict[str, Tensor]
     schedule: dict[str, Tensor]
     scale_factor: float | None  # where the file says it (models that measured it); else the recipe knows
-    ema: bool  # whether `unet` holds the averaged weights
+    ema: bool  # whether `unet` holds what the file calls averaged; in files with one copy the other name may hide an average
     dropped: list[str] = field(default_factory=list)  # names outside the known parts; the averages' counters and the first stage's losses are not listed
 
 # %% ../nbs/99b_weight_files.ipynb #34eec7d8
@@ -238,7 +238,8 @@ def split_checkpoint(state: Mapping, names: list[str], ema: bool | None = None, 
         raise ValueError(f"{where}: got both averaged and last weights ({len(mean)} and {len(last)} tensors): choose ema=True (what the paper samples with) or ema=False")
     chosen = bool(mean) if ema is None else ema
     if not (mean if chosen else last):
-        raise ValueError(f"{where}: got no {'averaged' if chosen else 'last'} weights of the UNet, only the {'last' if chosen else 'averaged'} ones: pass ema={not chosen}")
+        one = f"one copy of the UNet, under {UNET} (in files released for sampling this is the average)" if chosen else "averaged weights of the UNet alone"
+        raise ValueError(f"{where}: got {one}: leave ema out, or pass ema={not chosen}")
     known = (UNET, EMA, STAGE, READER)
     rest = [name for name in state if not name.startswith(known) and name not in (*SCHEDULE, "scale_factor")]
     factor = state["scale_factor"].item() if "scale_factor" in state else None

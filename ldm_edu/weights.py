@@ -138,7 +138,7 @@ def _fill_parts(config: LDMConfig, parts: Checkpoint, where: str) -> LatentDiffu
 
 # %% ../nbs/23_real_weights.ipynb #c8928b93
 def load_compvis(path: str | Path, name: str | LDMConfig, ema: bool | None = None, encoder: str | Path | None = None,
-                 state: Mapping | None = None) -> LatentDiffusion:
+                 state: Mapping | None = None, device: str | torch.device = "cpu") -> LatentDiffusion:
     """A checkpoint in the original's layout as a model of ours. `name`: of RELEASED, or the config of a model of yours; `encoder`: see `released_config`.
 
     `ema`: take the averaged UNet or the last one, for files that hold both; `state`: what the file holds, if it has been read. Raises ValueError for files that are refused or damaged, hold
@@ -149,15 +149,15 @@ def load_compvis(path: str | Path, name: str | LDMConfig, ema: bool | None = Non
     check_kind(inner, where)
     factor = inner["scale_factor"].item() if "scale_factor" in inner else None
     config = released_config(name, encoder, factor) if isinstance(name, str) else name
-    names = [each for entry in unet_entries(empty_unet(config.unet)) for each in entry.theirs]
-    parts = split_checkpoint(state, names, ema, where)
+    parts = split_checkpoint(state, [each for entry in unet_entries(empty_unet(config.unet)) for each in entry.theirs], ema, where)
     try:
         model = _fill_parts(config, parts, where)
     except ValueError as err:
-        like = [other for other in recognise(parts.unet) if other != name]
+        like = recognise(parts.unet) if config.unet not in [UNETS[RELEASED[other].unet] for other in recognise(parts.unet)] else []
         raise ValueError(f"{err}" + (f"\nIts UNet is that of {' or '.join(like)}." if like else "")) from err
-    model.card = {"model": name if isinstance(name, str) else "in the original's layout", "file": Path(path).name, "averaged": parts.ema, "dropped": parts.dropped}
-    return model
+    model.card = {"model": name if isinstance(name, str) else "in the original's layout", "file": Path(path).name, "dropped": parts.dropped,
+                  "averaged": parts.ema if parts.ema or ema is not None else None}  # None: the only copy, and the file does not say
+    return model.to(device)
 
 # %% ../nbs/23_real_weights.ipynb #ddcbe0e3
 def compvis_state(model: LatentDiffusion) -> dict[str, Tensor]:
@@ -248,7 +248,7 @@ def pipeline_of(model: LatentDiffusion) -> tuple[str, dict]:
     if not isinstance(read, FrozenTextConditioner) or read.config.masked or read.config.pooled or not double_z:
         options = f" with masked {read.config.masked}, pooled {read.config.pooled} and a {model.config.first_stage.kind} stage" if isinstance(read, FrozenTextConditioner) else ""
         raise ValueError(f"condition: got {type(read).__name__}{options}, expected NoCondition, or FrozenTextConditioner with neither masked nor pooled and a kl stage: "
-                         "diffusers has no pipeline for it (save_compvis and ldm.save write such models)")
+                         "diffusers has no pipeline for it (ldm.save writes any model; save_compvis those without a vector as condition)")
     text = {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
     rest = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
     return "StableDiffusionPipeline", {"vae": None, **text, **rest}

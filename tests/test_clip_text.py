@@ -135,3 +135,16 @@ def test_names_of_all_who_saved_it(prefix):
     found = clip_weights({**{prefix + name: x for name, x in model.state_dict().items()}, prefix + "embeddings.position_ids": torch.arange(8)[None],
                           "logit_scale": torch.ones(()), "vision_model.post_layernorm.bias": torch.ones(3), "text_projection.weight": torch.ones(2, 2)})
     model.load_state_dict(found, strict=True)
+
+
+@pytest.mark.parametrize("pad", ["!", {"content": "!", "lstrip": False}])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_other_padding_is_refused(tmp_path, file, pad):
+    """Stable Diffusion 2 pads with "!": the UNet would read other tokens than it was trained with."""
+    words = {mark: i for i, mark in enumerate(("!", "!</w>", ClipTokenizer.start, ClipTokenizer.end))}
+    (tmp_path / "vocab.json").write_text(json.dumps(words)), (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / file).write_text(json.dumps({"pad_token": ClipTokenizer.end}))
+    assert ClipTokenizer.from_folder(tmp_path).rows(["!"], 4).tolist() == [[2, 1, 3, 3]]
+    (tmp_path / file).write_text(json.dumps({"pad_token": pad}))
+    with pytest.raises(ValueError, match=f"{file}: got padding by '!', expected '<|endoftext|>'".replace("|", r"\|")):
+        ClipTokenizer.from_folder(tmp_path)

@@ -69,3 +69,11 @@ def test_plain_heads_of_one_width_only():
     unet = UNetConfig(4, 4, 32, (1, 2), 1, (1, 2), heads=4, num_groups=8)
     with pytest.raises(ValueError, match="expected heads of one width"):
         F.unet_values(unet, 8)
+
+
+@pytest.mark.parametrize("changes", [{"c_dim": 8}, {"cross_levels": (2,)}])
+def test_what_their_configs_cannot_say_is_refused(changes):
+    config = UNetConfig(4, 4, 32, (1, 2), 1, (1, 2), head_dim=16, context_dim=24, num_groups=8)
+    assert F.unet_values(config, 8)["cross_attention_dim"] == 24
+    with pytest.raises(ValueError, match="expected neither: diffusers' configs cannot say them"):
+        F.unet_values(config.replace(**changes), 8)

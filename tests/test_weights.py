@@ -222,7 +222,7 @@ def test_a_payload_in_a_folder_is_refused(pipe, part, tmp_path):
 
 @pytest.mark.parametrize("name", ["scenes-inpaint", "scenes-semantic", "scenes-class", "scenes-text", "scenes-layout", "scenes-superres"])
 def test_models_that_diffusers_has_no_pipeline_for_are_refused(tmp_path, name):
-    with pytest.raises(ValueError, match="condition: got .*expected NoCondition, or FrozenTextConditioner.*save_compvis and ldm.save"):
+    with pytest.raises(ValueError, match="condition: got .*expected NoCondition, or FrozenTextConditioner.*ldm.save writes any model"):
         W.save_diffusers(ldm_edu.load(name), tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
@@ -418,14 +418,19 @@ def test_averaged_or_last_is_a_choice(tmp_path):
     torch.save({name: x for name, x in both.items() if not name.startswith(UNET)}, tmp_path / "mean.ckpt")  # no wrapper, no last weights
     only = W.load_compvis(tmp_path / "mean.ckpt", model.config)
     assert same_weights(only.net, mean.net) and only.card["averaged"] is True
-    with pytest.raises(ValueError, match="got no last weights of the UNet, only the averaged ones: pass ema=True"):
+    with pytest.raises(ValueError, match="got averaged weights of the UNet alone: leave ema out, or pass ema=True"):
         W.load_compvis(tmp_path / "mean.ckpt", model.config, ema=False)
+    torch.save(state, tmp_path / "one.ckpt")  # one copy under the last weights' names, as in files released for sampling: the file does not say which
+    assert W.load_compvis(tmp_path / "one.ckpt", model.config).card["averaged"] is None and chosen.card["averaged"]
+    with pytest.raises(ValueError, match=r"got one copy of the UNet, under model.diffusion_model. \(in files released for sampling.* leave ema out"):
+        W.load_compvis(tmp_path / "one.ckpt", model.config, ema=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_converted(tmp_path, dtype):
+@pytest.mark.parametrize("which", [(UNET, STAGE), ""], ids=["networks", "the whole file"])
+def test_half_precision_is_converted(tmp_path, dtype, which):
     model = make()
-    save_file({name: x.to(dtype) if name.startswith((UNET, STAGE)) else x for name, x in W.own_tensors(W.compvis_state(model)).items()}, tmp_path / "m.safetensors")
+    save_file({name: x.to(dtype) if name.startswith(which) else x for name, x in W.own_tensors(W.compvis_state(model)).items()}, tmp_path / "m.safetensors")
     again = W.load_compvis(tmp_path / "m.safetensors", model.config)
     for part in ("net", "first_stage"):
         before = getattr(model, part).state_dict()
