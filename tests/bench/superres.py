@@ -2,7 +2,7 @@
 
 `python tests/bench/superres.py --out runs/superres` trains the recipes `superres-tiny` and `superres-regression-tiny` for small copies
 of 4 x 4 pixels (an eighth of the side; the shipped pair of weights reads 8 x 8), and measures both pairs on unseen scenes of 32 pixels:
-PSNR, consistency and Fréchet distance, at several strengths of the small picture's noise. It writes `superres.json`; trainings that are
+PSNR, consistency and Fréchet distance, at several strengths of the small picture's noise. It writes `superres.json` and pictures; trainings that are
 finished are not repeated. Lesson 18 reads the copy in data/sweeps. The distance is biased upwards by few pictures, for the truth too:
 it is given for 256 pictures and for all of them.
 """
@@ -11,13 +11,14 @@ import itertools
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from ldm_edu.core import write_json
 from ldm_edu.data import Scenes, degrade
 from ldm_edu.evaluation import Evaluator, compare
 from ldm_edu.features import scenes_extractor
 from ldm_edu.ldm import load, load_first_stage
-from ldm_edu.recipes import code_version, machine, train_diffusion
+from ldm_edu.recipes import code_version, machine, train_diffusion, write_picture
 from ldm_edu.superres import back_project, grade_enlarged, low_res_pairs
 
 PAIR = {"diffusion": "superres", "regression": "superres-regression"}
@@ -39,12 +40,12 @@ def trained(factor: int, args) -> dict:
 
 
 @torch.no_grad()
-def answers(way: str, model, batch: dict, steps: int) -> torch.Tensor:
-    """Regression answers in one step, diffusion draws with one seed for each 256 pictures."""
+def answers(way: str, model, batch: dict, steps: int, seed: int = 0) -> torch.Tensor:
+    """Regression answers in one step, diffusion draws, with seeds that are counted up from `seed`."""
     parts, n = [], len(batch["low_res"])
     for i in range(0, n, 256):
         part = {key: value[i : i + 256] for key, value in batch.items()}
-        kind = {"steps": 1, "sampler": "ddim"} if way == "regression" else {"steps": steps, "seed": i}
+        kind = {"steps": 1, "sampler": "ddim"} if way == "regression" else {"steps": steps, "seed": seed + i}
         parts.append(model.sample(batch=part, **kind))
     return torch.cat(parts)
 
@@ -53,6 +54,14 @@ def measure(images: torch.Tensor, truth: torch.Tensor, low: torch.Tensor, evalua
     """PSNR, consistency and the distance of all pictures and of the first 256, with intervals."""
     distance = {n: compare(evaluator.features(images[:n], "answers"), others)["fid"] for n in sorted({min(256, len(images)), len(images)})}
     return {**grade_enlarged(images, truth, low), "fid": {str(n): found for n, found in distance.items()}}
+
+
+def draw_sheet(factor: int, models: dict, truth: torch.Tensor, path: Path, steps: int) -> None:
+    """Write nine scenes below each other: the small copy, regression, two draws, the truth."""
+    low = degrade(truth, factor)
+    rows = [F.interpolate(low, scale_factor=factor, mode="nearest"), answers("regression", models["regression"], {"low_res": low}, steps)]
+    rows += [answers("diffusion", models["diffusion"], {"low_res": low}, steps, 1000 * k) for k in range(2)]
+    write_picture(path, torch.cat([*rows, truth]), columns=len(truth))
 
 
 def run(args) -> dict:
@@ -64,6 +73,7 @@ def run(args) -> dict:
     for factor in args.factors:
         models, low = trained(factor, args), degrade(truth, factor)
         noise = torch.randn(low.shape, generator=torch.Generator().manual_seed(3))
+        draw_sheet(factor, models, truth[:9], args.out / f"superres-x{factor}.png", args.steps)
         rows.append({"factor": factor, "way": "truth", "noise": 0.0, **measure(truth, truth, low, evaluator, others)})
         for level, (way, model) in itertools.product(LEVELS[factor], models.items()):
             made = answers(way, model, {"low_res": low + level * noise, "low_res_noise": torch.full((args.n,), level)}, args.steps)
