@@ -80,8 +80,8 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> float:
         if odd := [name for name, x in rounded.items() if not x.isfinite().all()]:
             raise ValueError(f"{dtype}: got {len(odd)} tensors with numbers that it cannot hold, for example {odd[0]} "
                              f"(up to {state[odd[0]].abs().max():.3g}), expected finite ones")
-        changed = [(rounded[name] - x, x) for name, x in state.items() if rounded[name] is not x and x.numel()]
-        worst = max([worst, *((gap.abs().max() / x.abs().max().clamp(min=1e-30)).item() for gap, x in changed)])
+        change = lambda x, y: 0.0 if x is y or not x.numel() else ((y - x).abs().max() / x.abs().max().clamp(min=1e-30)).item()
+        worst = max([worst, *(change(x, rounded[name]) for name, x in state.items())])  # one tensor's difference at a time
         module.load_state_dict(rounded, assign=True)
     if read is not None:
         read.config = read.config.replace(mark=state_hash(read.clip[0]))
@@ -195,6 +195,7 @@ def convert_model(source: str | Path, out: str | Path, to: str = "ours", recipe:
     if tell is not None:
         tell(found.tell())
     model = found.open()
+    del found  # and with it the file's tensors
     rounding, left = round_weights(model, DTYPES[dtype]), left_by(model, to)
     if to == "ours":
         model.card = {**getattr(model, "card", {}), "converted_from": Path(source).name, "dtype": dtype}

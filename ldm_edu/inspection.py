@@ -163,11 +163,11 @@ def _find_file(path: Path, recipe, ema: bool | None, encoder) -> Found:
         return _find_stage(path, recipe, inner, facts, left)
     check_kind(inner, str(path))
     under = lambda *starts: {name: x for name, x in inner.items() if name.startswith(starts)}
-    known = {"UNet": under(UNET), "UNet, averaged": under(EMA), "first stage": under(STAGE), "condition": under(READER),
+    known = {"UNet": under(UNET), "UNet, averaged": under(EMA + "diffusion_model"), "first stage": under(STAGE), "condition": under(READER),
              "noise tables": {name: inner[name] for name in SCHEDULE if name in inner}}
     if not known["UNet"] and not known["UNet, averaged"]:
         split_checkpoint(state, [], None, str(path))  # raises, saying what is there
-    rest = sorted(set(inner) - {name for part in known.values() for name in part} - {"scale_factor"})
+    rest = sorted(set(inner) - {name for part in known.values() for name in part} - {"scale_factor", EMA + "decay", EMA + "num_updates"})
     left += [f"{len(rest)} tensors outside these parts: {', '.join(rest[:4])}"] if rest else []
     chosen, fact = _chosen(recipe, likely(inner) if recipe is None else [], RELEASED, "UNet")
     told, wrong = _ema_fact(len(known["UNet"]), len(known["UNet, averaged"]), ema)

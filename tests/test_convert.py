@@ -149,6 +149,15 @@ def test_averaged_or_last_weights_by_choice(tmp_path, both, capsys):
     assert cli.main([*ask, "--out", str(tmp_path / "x"), "--ema", "maybe"]) == 2 and not (tmp_path / "x").exists()
 
 
+def test_counters_of_averages_are_no_averages(tmp_path):
+    """Files from which the averages were taken out, or put in the place of the last weights, often keep the two counters."""
+    model = make()
+    compvis_file(model, tmp_path / "m.ckpt", **{"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(5)})
+    found = I.inspect_model(tmp_path / "m.ckpt", model.config)
+    assert found.facts["UNet's weights"] == "last weights alone; taken: last" and not found.wanting and found.left == ("epoch, of its training",)
+    assert same_weights(found.open(), model)
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Three small models in the table of released ones: two of one recipe, one whose condition is not here."""
