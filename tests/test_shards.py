@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tarfile
@@ -210,7 +211,7 @@ def test_bad_shards_are_named(tmp_path, what):
 
 def test_a_cut_is_noticed_wherever_it_is(tmp_path):
     whole = make_tar(tmp_path / "0.tar", [(f"{i}.png", png(i, (9, 9))) for i in range(3)]).read_bytes()
-    for end in range(0, len(whole.rstrip(b"\0")), 100):
+    for end in range(0, len(whole.rstrip(b"\0")), 64):
         (tmp_path / "0.tar").write_bytes(whole[:end])
         with pytest.raises(ValueError, match="cut short|empty file"):
             scan_shard(tmp_path / "0.tar")
@@ -335,6 +336,7 @@ def test_a_forked_process_has_handles_of_its_own(zoo):
     first = files.read(0, 0, 600)
     child = os.fork()
     if child == 0:
+        signal.alarm(20)
         files._lock.acquire()  # as if another thread of the parent had held it at the fork
         former = dict(files._handles)
         same = files.read(0, 0, 600) == first
