@@ -114,7 +114,9 @@ def launch(folder, jobs: list[dict], processes: int = 2, timeout: float = 300, *
     try:
         out, err = running.communicate(timeout=timeout)
     finally:
-        running.kill()
+        if running.poll() is None:  # torchrun ends its workers when it is asked to, and cannot when it is killed
+            running.terminate()
+            running.wait(60)
     told = [[json.loads(path.read_text()) for path in sorted(folder.glob(f"told{i}-*.json"))] for i in range(len(jobs))]
     return running.returncode, out + err, told
 
