@@ -19,7 +19,7 @@ LEVELS = {
     2: "unet autoencoder quantize tiling losses perceptual conditioning layout superres inpainting windows frozen_text placement evaluation probing",
     3: "ldm training reading editing asking keymaps foreign_configs",
     4: "recipes costs weights contenders",
-    5: "demo bench inspection convert",
+    5: "demo bench inspection convert scaling",
     6: "cli widgets",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
