@@ -466,6 +466,7 @@ class Bench:
     threads: int | None = None  # torch's own number by default
     clock: str = "wall"  # wall, or cpu: this process's seconds, for a busy machine and one thread
     memory: bool = False  # on a CPU: also measure each contender's memory, in a process of its own
+    keep_memory: bool = False  # let the C library keep freed memory, for all contenders, as trainings on a CPU do (Linux)
     out: Path | None = None  # the JSON file, the table goes beside it (.md); by default runs/bench/WORKLOAD-WHAT-SET.json
     overwrite: bool = False  # replace `out` if it is there
 
@@ -482,7 +483,7 @@ class Bench:
             raise ValueError(f"{taken[0]} exists already: choose another --out, or pass --overwrite" if taken else f"out: got {out}, expected a name for JSON")
         torch.set_num_threads(self.threads or torch.get_num_threads())
         tell = lambda line: print(line, file=sys.stderr, flush=True)
-        result = compare_speed(self.workload, self.what, settings, device, self.rounds, self.batch, self.steps, self.warm, self.memory, self.clock, tell)
+        result = compare_speed(self.workload, self.what, settings, device, self.rounds, self.batch, self.steps, self.warm, self.memory, self.clock, tell, self.keep_memory)
         write_json(out, result)
         write_text(out.with_suffix(".md"), speed_table(result))
         print(speed_table(result))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['sharding_units', 'in_group', 'shard_model', 'hand_over', 'gathered', 'whole_state', 'cut_like', 'cut_state',
-           'held_bytes', 'hollow', 'refill', 'is_first', 'one_voice', 'launched', 'leave_together', 'asked_sharding']
+           'held_bytes', 'hollow', 'refill', 'keep_freed_memory', 'is_first', 'one_voice', 'launched', 'leave_together',
+           'asked_sharding']
 
 # %% ../nbs/94b_processes.ipynb #9cf94bbf
 """A model shared out over several processes, put together again, and a tidy way in and out of their group.
@@ -12,7 +13,9 @@ __all__ = ['sharding_units', 'in_group', 'shard_model', 'hand_over', 'gathered',
 Nothing here trains; `training` says when. Cutting and gathering are torch's own (`fully_shard`, `DTensor`).
 """
 import contextlib
+import ctypes
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -104,6 +107,17 @@ def refill(shell: nn.Module, sharded: nn.Module, keep: bool = True) -> nn.Module
     if keep:
         shell.load_state_dict(state, assign=True)
     return shell
+
+# %% ../nbs/94b_processes.ipynb #023b3d8c
+def keep_freed_memory(largest: int = 2**25) -> bool:
+    """Ask glibc to keep freed memory for this process's next use, also blocks up to `largest` bytes (32 MiB is the most that it takes).
+
+    Returns whether it will: False on systems with another C library. The setting lasts for the rest of the process.
+    """
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return False
+    threshold, trim = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
+    return bool(libc.mallopt(threshold, largest) and libc.mallopt(trim, 2**31 - 1))
 
 # %% ../nbs/94b_processes.ipynb #24bdb601
 def is_first() -> bool:

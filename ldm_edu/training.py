@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import load_checkpoint, newest_checkpoint, plain_tensors, rotate_checkpoints, save_checkpoint
 from .core import Config, check_choice, check_shape, default_device, derive_seed, write_json
-from .processes import asked_sharding, cut_state, gathered, hand_over, hollow, in_group, one_voice, refill, shard_model, whole_state
+from .processes import asked_sharding, cut_state, gathered, hand_over, hollow, in_group, keep_freed_memory, one_voice, refill, shard_model, whole_state
 from ldm_edu.runs import (
     NonFiniteLoss, OutOfMemory, RunLog, StepReport, StopSignals, TrainingInterrupted, TrainResult, batch_rows, check_folder, due,
     explain_out_of_memory, fetch_batch, kept_globals, optimizer_tensors, plain, restore_optimizer, restore_rng, rng_states,
@@ -450,7 +450,7 @@ CHANGEABLE = ("steps", "accumulation", "log_every", "validate_every", "sample_ev
 
 
 def choose_precision(name: str, device: torch.device | None = None) -> str:
-    """"auto" as what is fast on this machine: bf16 where the processor or the accelerator multiplies in it, else fp32."""
+    """"auto" as what is fast on this machine: bf16 where the processor (AMX) or the accelerator multiplies in it, else fp32."""
     device = device or default_device()
     if name != "auto":
         return name
@@ -458,7 +458,7 @@ def choose_precision(name: str, device: torch.device | None = None) -> str:
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     info = Path("/proc/cpuinfo")
     words = set(info.read_text().split()) if device.type == "cpu" and info.exists() else set()
-    return "bf16" if words & {"amx_bf16", "avx512_bf16"} else "fp32"
+    return "bf16" if "amx_bf16" in words else "fp32"  # with avx512_bf16 alone a step was measured slower (lesson 24)
 
 
 def make_accelerator(config: TrainConfig, find_unused_parameters: bool = False) -> Accelerator:
@@ -517,6 +517,8 @@ def wrap_model(task: TrainingTask, config: TrainConfig, accelerator: Accelerator
 def start_run(task: TrainingTask, dataset, config: TrainConfig, out: Path, validation, resume: bool) -> Run:
     """Check the inputs, wrap model and optimiser, and go back to the newest checkpoint."""
     accelerator = make_accelerator(config, task.find_unused_parameters or len(task.parts) > 1)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     task.reduce = functools.partial(accelerator.reduce, reduction="sum")
     task.process = accelerator.process_index, accelerator.num_processes
     task.configure(dataset, config, accelerator.device)

@@ -531,6 +531,17 @@ def test_a_comparison_says_what_its_figures_depend_on(tiny):
     assert speed_table(compare_speed("A", "encode", [OURS], rounds=2, warm=1)).count("guided") == 0
 
 
+def test_freed_memory_is_kept_for_all_when_asked_for(tiny, monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench, "keep_freed_memory", lambda: asked.append(1) or True)
+    kept, not_kept = (compare_speed("P", "train", [OURS], rounds=2, warm=1, keep_memory=keep) for keep in (True, False))
+    assert len(asked) == 1 and kept["memory_kept"] and not not_kept["memory_kept"]
+    assert "freed memory kept" in speed_table(kept) and "freed memory kept" not in speed_table(not_kept)
+    monkeypatch.setattr(bench, "keep_freed_memory", lambda: False)
+    with pytest.raises(ValueError, match="keep_memory: got True .*expected glibc"):
+        compare_speed("P", "train", [OURS], keep_memory=True)
+
+
 def test_memory_is_measured_in_children_when_asked_for(tiny, monkeypatch):
     monkeypatch.setattr(bench, "resident_growth", lambda name, what, setting, batch, steps: len(setting.name))
     rows = compare_speed("P", "train", [THEIRS, OURS], rounds=2, warm=1, memory=True)["rows"]

@@ -3,6 +3,8 @@ import copy
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import warnings
 
@@ -280,3 +282,38 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on_alone(tmp_path):
     assert said_by(tmp_path, 0).count(f"stopped by SIGTERM after step {step}") == 1 and said_by(tmp_path, 1) == ""
     assert cli.main(command(tmp_path, "--steps", str(step + 2), "--save-every", "0")[6:]) == 0
     assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(1, step + 3))
+
+
+# ------------------------------------------------------------------------------------------------ memory that is kept
+KEPT = """
+import resource, sys
+from ldm_edu.processes import keep_freed_memory
+import torch
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        parts = [torch.ones(2**21) for _ in range(4)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.ones(2**21)
+print(faults(), keep_freed_memory() if sys.argv[1] == "keep" else None, faults() and faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's C library")
+@pytest.mark.parametrize("asked", ["keep", "plain"])
+def test_freed_memory_is_kept_where_it_is_asked_for(asked):
+    """Page faults of a process that frees and fetches 32 MiB again and again."""
+    done = subprocess.run([sys.executable, "-c", KEPT, asked], capture_output=True, text=True, check=True)
+    before, kept, after = done.stdout.split()
+    assert kept == ("True" if asked == "keep" else "None") and int(before) > 10_000
+    assert (int(after) < 0.2 * int(before)) == (asked == "keep")
+
+
+def test_other_systems_are_left_alone(monkeypatch):
+    monkeypatch.setattr(processes.sys, "platform", "win32")
+    assert processes.keep_freed_memory() is False
+    monkeypatch.setattr(processes.sys, "platform", "linux")
+    monkeypatch.setattr(processes.ctypes, "CDLL", lambda name: object())  # a C library without mallopt
+    assert processes.keep_freed_memory() is False

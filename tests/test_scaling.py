@@ -167,7 +167,7 @@ def test_published_rates_are_products(name, base):
 # ------------------------------------------------------------------------------------------------ committed figures
 def test_committed_cpu_figures_are_whole(root):
     runs = json.loads((root / "data/sweeps/speed-cpu.json").read_text())["comparisons"]
-    assert len({(run["workload"], run["what"], *(row["setting"] for row in run["rows"])) for run in runs}) == len(runs) >= 4
+    assert len({(run["workload"], run["what"], run.get("memory_kept", False), *(row["setting"] for row in run["rows"])) for run in runs}) == len(runs) >= 4
     for run in runs:
         assert run["device"] == "cpu" and run["threads"] == 1 and run["clock"] in ("wall", "cpu")
         assert max(gaps["float32"] for gaps in run["agreement"].values()) < 2e-5, "contenders agreed before they were timed"
