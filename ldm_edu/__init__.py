@@ -11,6 +11,7 @@ import importlib
 _WHERE = {
     "load": "ldm", "load_first_stage": "ldm", "save": "ldm", "pretrained_names": "ldm", "LatentDiffusion": "ldm", "LDMConfig": "ldm",
     "Scenes": "data", "make_prompts": "data", "ImageFolder": "folders", "from_torchvision": "folders",
+    "TarImages": "tar_images", "pack_images": "tar_images",
     "AutoencoderVQ": "quantize", "IdentityStage": "quantize", "make_first_stage": "quantize",
     "AutoencoderKL": "autoencoder", "AutoencoderConfig": "autoencoder", "UNet": "unet", "UNetConfig": "unet",
     "Conditioner": "conditioning", "Condition": "conditioning", "TextConditioner": "conditioning", "ClassConditioner": "conditioning",
@@ -21,6 +22,7 @@ _WHERE = {
     "classifier_guided": "editing", "image_guided": "editing", "sdedit": "editing", "repaint": "editing", "inpaint": "editing",
     "edit_by_inversion": "editing", "slerp": "editing", "blend_conditions": "editing", "prompt_denoiser": "editing",
     "load_compvis": "weights", "save_compvis": "weights", "load_diffusers": "weights", "save_diffusers": "weights",
+    "convert_model": "convert", "inspect_model": "inspection",
     "profile": "core", "use_profile": "core",
 }
 __all__ = ["__version__", *_WHERE]

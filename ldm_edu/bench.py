@@ -36,6 +36,7 @@ from .contenders import (ROUGH, Contender, Setting, Workload, agreement, check_e
                                 parts_of, peer, relative, tf32)
 from .core import check_choice
 from .costs import forward_flops, matrix_rate
+from .processes import keep_freed_memory
 from .recipes import code_version, machine
 from .unet import UNetConfig
 
@@ -125,6 +126,7 @@ def speed_table(result: dict) -> str:
     steps = f", {result['steps']} of 50 guided steps" if result.get("steps") else ""
     head = f"{result['workload']} {result['what']}, batch {result['batch']}{steps}, {result['rounds']} rounds. {result['machine']}; torch {result['torch']}"
     head += f", diffusers {result['diffusers']}" if result.get("diffusers") else ""
+    head += ", freed memory kept" if result.get("memory_kept") else ""
     head += f". {result['clock']} clock; others used {show(result['others_share_of_machine'], '.0%') or 'an unknown part'} of the machine; "
     head += f"answers differ from float32 by at most {max(gaps['own'] for gaps in result['agreement'].values()):.1g}"
     lines = [head, "", "| setting | ms | spread | images/s | TFLOP/s | of matrix rate | ratio | range | peak MiB |", "|---|---|---|---|---|---|---|---|---|"]
@@ -240,10 +242,11 @@ def warm_up(jobs: dict[str, Callable], settings: dict[str, Setting], device, war
 
 
 def compare_speed(name: str, what: str, settings: list[Setting], device: str = "cpu", rounds: int = 7, batch: int | None = None, steps: int = 5,
-                  warm: int = 3, memory: bool = False, clock: str = "wall", tell: Callable[[str], None] = lambda line: None) -> dict:
+                  warm: int = 3, memory: bool = False, clock: str = "wall", tell: Callable[[str], None] = lambda line: None, keep_memory: bool = False) -> dict:
     """Check that settings agree, time them in turns, the first being what the others are measured by, and say all that matters.
 
     `steps`: sampling steps timed, of 50. `memory`: on a CPU, measure each contender in a process of its own. `tell` hears of progress.
+    `keep_memory`: for all contenders, and the rest of this process, see `processes.keep_freed_memory`.
     Raises ValueError for requests that cannot be met, RuntimeError for contenders that do not agree.
     """
     workload = check_job(name, what)
@@ -253,6 +256,8 @@ def compare_speed(name: str, what: str, settings: list[Setting], device: str = "
     batch, facts, by_name = batch or (workload.train_batch if what == "train" else workload.sample_batch), bench_facts(device), {s.name: s for s in settings}
     if device == "cpu" and not {"amx_bf16", "avx512_bf16"} & set(facts["cpu_instructions"]) and any(s.precision in ("autocast", "bf16") for s in settings):
         tell("this processor has no instructions for bfloat16: expect it to be slower than float32")
+    if keep_memory and not keep_freed_memory():
+        raise ValueError("keep_memory: got True on a system whose C library has no such setting, expected glibc")
     contenders = contend(settings, workload, what, device)
     gaps, jobs = agreement(contenders), {c.setting.name: make_job(c, batch, steps) for c in contenders}
     results = warm_up(jobs, by_name, device, warm, tell)
@@ -262,6 +267,6 @@ def compare_speed(name: str, what: str, settings: list[Setting], device: str = "
     rates = {precision: product_rate(device, precision, clock) for precision in sorted({s.precision for s in settings})}
     rows = rows_of(seconds, batch * (steps / 50 if what == "sample" else 1), job_flops(workload, what, batch, steps),
                    {key: rates[s.precision] for key, s in by_name.items()}, peaks)
-    return {"workload": name, "what": what, "batch": batch, "steps": steps if what == "sample" else None, "rounds": rounds, "clock": clock, **facts,
+    return {"workload": name, "what": what, "batch": batch, "steps": steps if what == "sample" else None, "rounds": rounds, "clock": clock, "memory_kept": keep_memory, **facts,
             "others_share_of_machine": others, "parameters": sum(p.numel() for p in contenders[0].net.parameters()),
             "matrix_tflops": {key: round(rate, 4) for key, rate in rates.items()}, "agreement": gaps, "result_difference": results, "rows": rows}

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CHECKPOINT_FORMAT', 'PROGRESS_SECONDS', 'fsync', 'commit_folder', 'CheckpointError', 'file_record', 'plain_tensors',
            'save_checkpoint', 'check_checkpoint', 'load_checkpoint', 'list_checkpoints', 'newest_checkpoint',
-           'rotate_checkpoints', 'state_hash', 'LatentDataset', 'moments', 'field_arrays', 'cache_latents']
+           'rotate_checkpoints', 'state_hash', 'LatentDataset', 'latent_batch', 'moments', 'field_arrays',
+           'cache_latents', 'cache_identity', 'items_of', 'encode_batch']
 
 # %% ../nbs/08b_checkpoints.ipynb #ed7914de
 """Files that outlive a run: checkpoints that are whole or absent, hashes of weights, latents encoded once.
@@ -224,7 +225,11 @@ class LatentDataset(torch.utils.data.Dataset):
 
     def fetch(self, indices: Sequence[int], flips: Sequence[bool] | None = None) -> dict:
         """One batch; where `flips` says so, the latents of the mirrored picture."""
-        return _fetch(self, indices, flips)
+        indices = np.asarray(indices, dtype=np.int64)
+        views = np.zeros(len(indices), dtype=np.int64) if flips is None else np.asarray(flips, dtype=np.int64)
+        fields = {k: np.array(a[indices]) for k, a in self._fields.items()}
+        texts = {k: [texts[i] for i in indices] for k, texts in self._texts.items()}
+        return latent_batch(self._latents[indices, views], fields, texts, self.info["image_key"])
 
     def __getitem__(self, index: int) -> dict:
         if not -len(self) <= index < len(self):
@@ -232,16 +237,13 @@ class LatentDataset(torch.utils.data.Dataset):
         return {k: v[0] for k, v in self.fetch([index % len(self)]).items()}
 
 # %% ../nbs/08b_checkpoints.ipynb #b6715b44
-def _fetch(latents: LatentDataset, indices: Sequence[int], flips: Sequence[bool] | None) -> dict:
-    indices = np.asarray(indices, dtype=np.int64)
-    views = np.zeros(len(indices), dtype=np.int64) if flips is None else np.asarray(flips, dtype=np.int64)
-    values = torch.from_numpy(latents._latents[indices, views].astype(np.float32))
-    batch = dict(zip(("mean", "std"), values.unbind(1), strict=False))
-    batch |= {k: torch.from_numpy(np.array(a[indices])) for k, a in latents._fields.items()}
-    picture = latents.info["image_key"]
+def latent_batch(values: np.ndarray, fields: Mapping[str, np.ndarray], texts: Mapping[str, list], picture: str) -> dict:
+    """One batch from stored latents (b, parts, c, h, w), arrays and texts; the field `picture` was stored in bytes."""
+    batch = dict(zip(("mean", "std"), torch.from_numpy(values.astype(np.float32)).unbind(1), strict=False))
+    batch |= {k: torch.from_numpy(a) for k, a in fields.items()}
     if picture in batch and batch[picture].dtype == torch.uint8:  # older caches kept it as it was
         batch[picture] = batch[picture] / 127.5 - 1
-    return batch | {k: [texts[i] for i in indices] for k, texts in latents._texts.items()}
+    return {**batch, **texts}
 
 
 def moments(encoded) -> Tensor:
@@ -287,6 +289,18 @@ def cache_latents(
     flips: encode the mirrored pictures too (flipping a latent is not the latent of the flipped picture).
     Raises ValueError for flips of a data set that is not `flip_safe`.
     """
+    info = cache_identity(dataset, key, keys_to_keep, flips, dtype, image_key)
+    final = Path(folder) / f"latents-{info['digest']}"
+    if int(os.environ.get("RANK", "0")) > 0:  # one process encodes, the others wait for the name
+        while not final.exists():
+            time.sleep(0.2)
+    if not final.exists():
+        _encode_all(encode, dataset, final, info, batch_size, progress)
+    return LatentDataset(final)
+
+
+def cache_identity(dataset, key: str, keys_to_keep: Sequence[str], flips: bool, dtype: str, image_key: str) -> dict:
+    """All that decides what a cache of latents holds, and a `digest` of it. Raises ValueError as `cache_latents` does."""
     check_choice("dtype", dtype, ("float32", "float16"))
     if flips and not getattr(dataset, "flip_safe", False):
         raise ValueError("flips: got True, expected False: this data set's captions, boxes or maps change when a picture is mirrored")
@@ -294,21 +308,20 @@ def cache_latents(
         raise ValueError("dataset: got 0 items, expected at least 1")
     identity = {"key": key, "dataset": dataset.fingerprint(), "n": len(dataset), "fields": list(keys_to_keep),
                 "flips": flips, "dtype": dtype, "image_key": image_key}
-    digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()
-    final = Path(folder) / f"latents-{digest}"
-    if int(os.environ.get("RANK", "0")) > 0:  # one process encodes, the others wait for the name
-        while not final.exists():
-            time.sleep(0.2)
-    if not final.exists():
-        _encode_all(encode, dataset, final, identity | {"digest": digest}, batch_size, progress)
-    return LatentDataset(final)
+    return identity | {"digest": hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()}
 
 # %% ../nbs/08b_checkpoints.ipynb #53ee0de4
 PROGRESS_SECONDS = 5  # what a killed encoding loses at most
 
 
+def items_of(dataset, indices: Sequence[int]) -> list:
+    """Some items, in one call where the data set offers that."""
+    return dataset.__getitems__(indices) if hasattr(dataset, "__getitems__") else [dataset[i] for i in indices]
+
+
 @torch.no_grad()
-def _encode_batch(encode: Callable, items: Sequence[Mapping], image_key: str, flips: bool) -> np.ndarray:
+def encode_batch(encode: Callable, items: Sequence[Mapping], image_key: str, flips: bool) -> np.ndarray:
+    """Latents (b, views, parts, c, h, w) of some items, float32; with `flips` a second view, of the mirrored pictures."""
     images = torch.stack([item[image_key] for item in items])
     views = [images, images.flip(-1)] if flips else [images]
     latents = torch.stack([moments(encode(v)).float().cpu() for v in views], dim=1)
@@ -325,9 +338,9 @@ def _encode_all(encode: Callable, dataset, final: Path, info: dict, batch_size: 
     with tqdm(total=n, initial=done, desc="encoding", disable=not progress, unit="img") as bar:
         for start in range(done, n, batch_size):
             indices = list(range(start, min(start + batch_size, n)))
-            items = dataset.__getitems__(indices) if hasattr(dataset, "__getitems__") else [dataset[i] for i in indices]
+            items = items_of(dataset, indices)
             fields, words = field_arrays(items, info["fields"], info["flips"], info["image_key"])
-            latents = _encode_batch(encode, items, info["image_key"], info["flips"]).astype(info["dtype"])
+            latents = encode_batch(encode, items, info["image_key"], info["flips"]).astype(info["dtype"])
             _store(part, arrays, {"latents": latents} | {f"field-{k}": a for k, a in fields.items()}, start, n)
             texts |= {k: texts.get(k, [])[:start] + values for k, values in words.items()}
             bar.update(len(items))

@@ -128,8 +128,9 @@ class ClipTokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ClipTokenizer":
-        """Read vocab.json and merges.txt, or tokenizer.json; raises ValueError that names what is missing or damaged."""
+        """Read vocab.json and merges.txt, or tokenizer.json; raises ValueError that names what is missing or damaged, and for other padding."""
         folder = Path(folder)
+        cls._check_padding(folder)
         try:
             if (folder / "vocab.json").is_file():
                 vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
@@ -139,6 +140,16 @@ class ClipTokenizer:
             return cls(Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8")))
         except Exception as err:  # the library raises bare Exception for what it cannot read
             raise ValueError(f"{folder}: expected vocab.json and merges.txt, or tokenizer.json, of a CLIP tokenizer ({err})") from err
+
+    @classmethod
+    def _check_padding(cls, folder: Path) -> None:
+        """Raise ValueError for a folder that pads by another mark than the end: the UNet reads the padding."""
+        for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+            said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            pad = said.get("pad_token")
+            pad = pad.get("content") if isinstance(pad, dict) else pad
+            if pad not in (None, cls.end):
+                raise ValueError(f"{file}: got padding by {pad!r}, expected {cls.end!r}: the tokenizer of Stable Diffusion 2 pads so, and its UNet reads the padding")
 
     def __call__(self, text: str) -> list[int]:
         """Token numbers with start and end, not padded."""

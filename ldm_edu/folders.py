@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['UPRIGHT', 'FORMATS', 'SUFFIXES', 'CACHE_BYTES', 'TORCHVISION', 'resize_image', 'to_rgb', 'read_image', 'find_images',
-           'file_key', 'verify_images', 'refuse', 'class_folders', 'caption_from_name', 'read_table', 'read_captions',
-           'as_size', 'ByteCache', 'Pictures', 'ImageFolder', 'from_torchvision', 'Part', 'train_validation_split',
-           'WithField', 'make_buckets', 'nearest_bucket', 'BucketedBatches']
+           'tell_fault', 'file_key', 'verify_images', 'refuse', 'class_folders', 'caption_from_name', 'read_table',
+           'read_captions', 'check_captions', 'as_size', 'ByteCache', 'Pictures', 'ImageFolder', 'from_torchvision',
+           'Part', 'train_validation_split', 'WithField', 'make_buckets', 'nearest_bucket', 'BucketedBatches']
 
 # %% ../nbs/01c_folders.ipynb #5d450ae8
 """Your own pictures as training data: folders with classes or captions, torchvision's data sets, buckets of sizes.
@@ -111,12 +111,18 @@ def _verify(root, known: dict, name: str) -> tuple | str:
     try:
         key = file_key(root, name)
         return key, *(known.get(key) or read_image(path, (1, 1))[1])
-    except Image.UnidentifiedImageError:
+    except Image.UnidentifiedImageError as err:
         with open(path, "rb") as file:
-            head = file.read(12)
-        return f"not an image that Pillow knows, it starts with {head!r}" if head else "an empty file (0 bytes)"
+            return tell_fault(err, file.read(12))
     except Exception as err:  # Pillow raises a dozen kinds for broken files, and each becomes a line of the report
-        return f"{type(err).__name__}: {err}"
+        return tell_fault(err)
+
+
+def tell_fault(err: Exception, head: bytes = b"") -> str:
+    """What is wrong with a file, in a line: `err` is what decoding it raised, `head` its first bytes."""
+    if isinstance(err, Image.UnidentifiedImageError):
+        return f"not an image that Pillow knows, it starts with {head!r}" if head else "an empty file (0 bytes)"
+    return f"{type(err).__name__}: {err}"
 
 
 def file_key(root, name: str) -> str:
@@ -202,6 +208,11 @@ def read_captions(root, names: Sequence[str], source) -> tuple[dict[str, str], d
         texts = read_table(Path(root, source) if Path(root, source).exists() else source)
     else:
         raise ValueError(f"captions: got {source!r}, expected None, 'filename', 'sidecar' or the path of a .csv or .jsonl file")
+    return check_captions(texts, names, source)
+
+
+def check_captions(texts: dict[str, str], names: Sequence[str], source) -> tuple[dict[str, str], dict[str, str]]:
+    """Captions with single spaces, and what is wrong with those of `names` that hold no word, and with those of other names."""
     texts = {name: " ".join(text.split()) for name, text in texts.items()}
     problems = {name: f"no caption in words of UTF-8 ({source})" for name in names if not re.search(r"[^\W\d_]", texts.get(name, ""))}
     return texts, problems | {name: f"has a caption in {source}, but is not there" for name in texts.keys() - set(names)}
@@ -365,6 +376,8 @@ class Part(Subset):
             values = getattr(dataset, key, None)
             values = values() if callable(values) else values
             setattr(self, key, [values[i] for i in self.indices] if isinstance(values, list) else None)
+        order = getattr(dataset, "epoch_order", None)  # of a data set that wants an order of its own, see `shards.ShardOrder`
+        self.epoch_order = order and order.part(self.indices)
 
     def items(self, indices: Sequence[int], size=None) -> list[dict]:
         """The items at `indices` of this part, at `size` (height, width)."""
@@ -391,6 +404,7 @@ class WithField(Dataset):
 
     def __init__(self, dataset, field: str, make: Callable, mark: str):
         self.dataset, self.field, self.make, self.mark = dataset, field, make, mark
+        self.epoch_order = getattr(dataset, "epoch_order", None)
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNET_FIXED', 'UNET_READ', 'NEEDED', 'STAGE_FIXED', 'STAGE_READ', 'BLOCKS', 'THEIR_PREDICTIONS', 'THEIR_BETAS',
-           'RELEASED', 'check_said', 'heads_of', 'unet_config', 'unet_values', 'stage_config', 'stage_values',
-           'schedule_config', 'schedule_values', 'Released', 'released_config']
+           'RELEASED', 'ABSENT', 'check_said', 'heads_of', 'unet_config', 'unet_values', 'stage_config', 'stage_values',
+           'schedule_config', 'schedule_values', 'Released', 'released_config', 'check_tables']
 
 # %% ../nbs/99c_foreign_configs.ipynb #d14003b7
 """Configs of the diffusers library as ours, and ours as theirs: UNets, first stages, noise schedules; configs of released models.
@@ -16,10 +16,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from .autoencoder import AUTOENCODERS, AutoencoderConfig
 from .core import check_choice
 from .ldm import LDMConfig
-from .schedule import ScheduleConfig
+from .schedule import ScheduleConfig, schedule_from_config
 from .unet import UNETS, UNetConfig
 
 # %% ../nbs/99c_foreign_configs.ipynb #3b6a76ba
@@ -119,8 +122,10 @@ def unet_config(values: Mapping, where: str = "unet") -> UNetConfig:
 def unet_values(config: UNetConfig, sample_size: int, linear: bool = False) -> dict:
     """Our UNet's config as theirs, with the class that reads it; `linear`: with projections as matrices (see `keymaps.unet_entries`).
 
-    Raises ValueError for what theirs cannot say: resblock_updown with a context, and in a plain UNet heads of different widths.
+    Raises ValueError for what theirs cannot say: a vector, a context at some levels only, resblock_updown with a context, and in a plain UNet heads of different widths.
     """
+    if config.c_dim is not None or config.cross_levels is not None:
+        raise ValueError(f"got a UNet with c_dim {config.c_dim} and cross_levels {config.cross_levels}, expected neither: diffusers' configs cannot say them")
     plain, widths = config.context_dim is None, [config.model_channels * mult for mult in config.ch_mult]
     attended = [factor in config.attention_levels for factor in config.factors]
     names = BLOCKS["context" if not plain else "resnet" if config.resblock_updown else "conv"]
@@ -214,7 +219,7 @@ class Released:
 
     unet: str
     first_stage: str
-    reader: str  # kind of conditioner: none, class, frozen-text
+    reader: str  # kind of conditioner: none, class, superres, frozen-text; or a key of ABSENT
     beta_start: float = 0.0015
     beta_end: float = 0.0195
     scale_factor: float | None = 1.0  # None: measured in training, and kept in the file
@@ -229,6 +234,23 @@ RELEASED = {
     "lsun_churches256": Released("lsun-churches256", "kl-f8", "none", beta_end=0.0155, scale_factor=None),
     "cin256-v2": Released("cin256-v2", "vq-f4", "class", guidance_scale=3.0),
     "sd-v1": Released("sd-v1", "kl-f8", "frozen-text", 0.00085, 0.012, 0.18215, 512, 7.5),
+    "bsr-sr": Released("bsr-sr", "vq-f4", "superres", beta_end=0.0155),
+    # their UNets and first stages are ours, what reads their condition is not
+    "cin256": Released("cin256", "vq-f8", "classes"),
+    "text2img256": Released("text2img256", "vq-f4", "bert"),
+    "txt2img-1p4B": Released("txt2img-1p4B", "kl-f8", "bert", 0.00085, 0.012, 0.18215),
+    "layout2img-openimages256": Released("layout2img-openimages256", "vq-f4", "boxes", beta_end=0.0205),
+    "inpainting-big": Released("inpainting-big", "vq-f4-noattn", "masked picture", beta_end=0.0205),
+    "semantic-synthesis256": Released("semantic-synthesis256", "vq-f4", "rescaler", beta_end=0.0205),
+    "rdm768": Released("rdm768", "kl-f16", "neighbours", beta_end=0.015, scale_factor=0.22765929, image_size=768),
+}
+ABSENT = {  # what reads a condition and is not in this library
+    "classes": "a table of 1000 classes without a row for none",
+    "bert": "a transformer of 32 layers over BERT's pieces of words, trained with the model",
+    "boxes": "a transformer of 16 layers over 92 numbers for labels and corners",
+    "masked picture": "a picture that is black under its mask, and a mask of -1 and 1",
+    "rescaler": "a map of 182 classes, shrunk and mixed to 3 channels",
+    "neighbours": "CLIP's vectors of pictures like it, from a data base",
 }
 
 
@@ -239,11 +261,35 @@ def released_config(name: str, encoder: str | Path | None = None, scale_factor: 
     """
     what = RELEASED[check_choice("released model", name, RELEASED)]
     unet, factor = UNETS[what.unet], what.scale_factor or scale_factor
+    if what.reader in ABSENT:
+        raise ValueError(f"condition: {name!r} reads {ABSENT[what.reader]}, which is not in this library; "
+                         "`convert.load_networks` opens its UNet and its first stage")
     if what.reader == "frozen-text" and encoder is None:
         raise ValueError(f"encoder: got none, expected for {name!r} a folder (or a name on the hub) with CLIP's vocab.json and merges.txt; its weights may come from the checkpoint")
     if factor is None:
-        raise ValueError(f"scale_factor: got none in the file, expected one: {name!r} measured it in training")
+        raise ValueError(f"scale_factor: got none in the file, expected one, as {name!r} measured it in training: give released_config({name!r}, scale_factor=...) in place of the name")
     reader = {"none": {"name": "none"}, "class": {"name": "class", "config": {"n_classes": 1000, "width": unet.context_dim}},
+              "superres": {"name": "superres", "config": {"factor": 4, "downsample_factor": 4, "noise": 0.0, "width": 0}},
               "frozen-text": {"name": "frozen-text", "config": {"model": str(encoder)}}}[what.reader]
     schedule = ScheduleConfig("scaled_linear", 1000, what.beta_start, what.beta_end)
     return LDMConfig(AUTOENCODERS[what.first_stage], unet, reader, schedule, "eps", factor, what.image_size, what.guidance_scale)
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """How far a number up to 1 may be from what it was in float32, when it was stored in this type."""
+    return max(1e-5, torch.finfo(dtype).eps if dtype.is_floating_point else 0.0)
+
+
+def check_tables(found: Mapping[str, Tensor], config: LDMConfig, scale_factor: float | None) -> None:
+    """Raise ValueError where a file's noise tables or its scale factor are not those of the config."""
+    schedule, faults = schedule_from_config(config.schedule), []
+    for name in ("betas", "alphas_cumprod"):
+        if name in found:
+            expected, got = getattr(schedule, name).double(), found[name].double()
+            gap, bound = (got - expected).abs().max().item() if got.shape == expected.shape else float("inf"), _rounding(found[name].dtype)
+            faults += [] if gap <= bound else [f"{name}: got {len(got)} values that differ from the config's {len(expected)} by {gap:.2g}, expected the same within {bound:.0e}"]
+    halved = any(x.dtype in (torch.float16, torch.bfloat16) for x in found.values())
+    if scale_factor is not None and not abs(scale_factor / config.scale_factor - 1) < (_rounding(torch.bfloat16) if halved else 1e-5):
+        faults.append(f"scale_factor: got {scale_factor} in the file, expected {config.scale_factor}")
+    if faults:
+        raise ValueError("; ".join(faults))

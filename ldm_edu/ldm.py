@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LDMConfig', 'LatentSpace', 'latent_shape', 'fit_maps', 'ConditionalUNet', 'encode_condition', 'asked_size',
            'window_cells', 'draw_latents', 'evaluating', 'tell_training', 'LatentDiffusion', 'build', 'save',
-           'shared_first_stage', 'pretrained_folders', 'pretrained_names', 'find_model', 'load_state', 'load',
-           'load_first_stage']
+           'shared_first_stage', 'pretrained_folders', 'pretrained_names', 'find_model', 'load_state', 'with_encoder',
+           'load', 'load_first_stage']
 
 # %% ../nbs/14_ldm.ipynb #1a70500c
 """The latent diffusion model: a frozen first stage, a scale factor, a conditioned UNet, and a folder to keep them in.
@@ -355,6 +355,14 @@ def _read(name: str | Path, kind: str) -> tuple[Path, dict, dict]:
     return folder, values, card
 
 
+def with_encoder(values: Mapping, folder: Path) -> dict:
+    """A model's config as read from `folder`: a text encoder that lies in there ("./...") is found there."""
+    reader = values.get("conditioner", {})
+    place = str(reader.get("config", {}).get("model", ""))
+    found = {"conditioner": {**reader, "config": {**reader["config"], "model": str(folder / place)}}} if place.startswith("./") else {}
+    return {**values, **found}
+
+
 def load(name: str | Path, device: str | torch.device = "cpu") -> LatentDiffusion:
     """Load a latent diffusion model, shipped (by name) or your own (by folder), ready to `sample`.
 
@@ -364,7 +372,7 @@ def load(name: str | Path, device: str | torch.device = "cpu") -> LatentDiffusio
     shared, beside = values.pop("shared_first_stage", None), {}
     if shared:
         beside = {f"first_stage.{key}": value for key, value in shared_first_stage(*shared).items()}
-    model = build(LDMConfig.from_dict(values))
+    model = build(LDMConfig.from_dict(with_encoder(values, folder)))
     load_state(model, folder / "model.safetensors", beside)
     model.card = card
     return model.to(device).eval()

@@ -28,10 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from .autoencoder import AUTOENCODERS, AutoencoderConfig, LatentStatistics, first_stage_loss, latent_statistics
-from .checkpoint import cache_latents, newest_checkpoint, state_hash
+from .checkpoint import newest_checkpoint, state_hash
 from .conditioning import CONDITIONERS, ClassConfig, ClassConditioner, NoCondition, TextConditioner, TextConfig, train_tokenizer
 from .core import Config, check_choice, default_device
 from .inpainting import InpaintConditioner, InpaintConfig
+from .latent_shards import latent_cache
 from .layout import JointConditioner, LayoutConditioner, LayoutConfig, SemanticConditioner, SemanticConfig
 from .ldm import ConditionalUNet, LatentDiffusion, LDMConfig, build, save
 from .losses import AdversarialConfig, AdversarialStage, discriminator_loss, generator_loss
@@ -58,6 +59,8 @@ class FirstStageTask(TrainingTask):
         """Remember the data, whose latents are measured at the end; start a codebook from k-means and keep its codes in use."""
         self.dataset = dataset
         if self.stage.config.kind == "vq":
+            if config.sharding == "full":
+                raise ValueError("sharding: got 'full' for a VQ first stage, expected 'none': its codebook moves codes itself, and would move a copy")
             start_codebook(self.stage, dataset, config.seed)
             self.stage.quantize.reduce, self.stage.quantize.process = self.reduce, self.process
 
@@ -164,6 +167,10 @@ class DiffusionTask(TrainingTask):
     def __init__(self, ldm: LatentDiffusion, recipe: "DiffusionRecipe", stage_hash: str, data: str = "", start: Mapping | None = None):
         self.ldm, self.model, self.recipe, self.stage_hash, self.data = ldm, ldm.net, recipe, stage_hash, data
         self.start = dict(start or {})  # of the model that this run goes on from: hash of its weights, its card
+
+    def configure(self, dataset, config, device) -> None:
+        """Move the frozen first stage, which encodes what conditions hide, to this process's device."""
+        self.ldm.first_stage.to(device)
 
     def loss(self, model: nn.Module, batch: Mapping, rng) -> tuple[Tensor, dict]:
         """Per-sample loss (b,): noise the latents at random steps, drop some conditions, predict."""
@@ -289,7 +296,7 @@ def train_diffusion(data, first_stage: nn.Module, recipe: str | DiffusionRecipe 
     """Train a latent diffusion model on the latents of `first_stage` and return it (EMA weights), saved in `out`.
 
     `data`: a data set whose items hold `image` and what the conditioner reads (`caption`, `label`, `boxes` and `box_labels`, `semantic`, `low_res`, `mask`).
-    The latents are computed once, into `out`/latents; the scale factor is 1 / their standard deviation.
+    The latents are computed once, into `out`/latents, large ones in shards and by all processes (see `latent_shards`); the scale factor is 1 / their standard deviation.
     `conditioner`: your own `Conditioner`, in place of the recipe's. `start_from`: a model of the same first stage whose
     weights, architecture and scale factor to go on from (it is trained in place). A run that was interrupted goes on where it stopped.
     Raises ValueError where `out` holds another run, the data lack what the conditioner reads, or `start_from` does not fit.
@@ -305,7 +312,7 @@ def train_diffusion(data, first_stage: nn.Module, recipe: str | DiffusionRecipe 
                                                      first_stage.config)
     stage_hash = state_hash(first_stage)
     encode = functools.partial(_moments, first_stage.eval())
-    cache = functools.partial(cache_latents, encode, folder=Path(out) / "latents", key=stage_hash, keys_to_keep=conditioner.keys,
+    cache = functools.partial(latent_cache, encode, folder=Path(out) / "latents", key=stage_hash, keys_to_keep=conditioner.keys,
                               progress=progress)
     latents = cache(data, flips=options.flip)
     validation = cache(validation) if validation is not None else None

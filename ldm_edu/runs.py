@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from .checkpoint import list_checkpoints
 from .core import Config, read_json, write_text
+from .processes import cut_like
 
 # %% ../nbs/94_runs.ipynb #85af56b3
 def collate_items(items: Sequence):
@@ -254,7 +255,7 @@ def optimizer_tensors(model: nn.Module, optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(model: nn.Module, optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Undo `optimizer_tensors`; moments lie in memory as their parameters do, which fused updates count on."""
+    """Undo `optimizer_tensors`; moments lie in memory, or are cut, as their parameters are: fused updates count on it."""
     names = {id(p): name for name, p in model.named_parameters()}
     by_name = {}
     for key, value in tensors.items():
@@ -262,7 +263,9 @@ def restore_optimizer(model: nn.Module, optimizer, tensors: Mapping[str, Tensor]
         by_name.setdefault(name, {})[kind] = value
     state = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    alike = lambda value, p: torch.empty_like(p, dtype=value.dtype, device=value.device).copy_(value) if value.shape == p.shape else value
+    laid_out = lambda value, p: torch.empty_like(p, dtype=value.dtype, device=value.device).copy_(value)
+    placed = lambda value, p: cut_like(value, p) if hasattr(p, "full_tensor") else laid_out(value, p)
+    alike = lambda value, p: placed(value, p) if value.shape == p.shape else value
     state["state"] = {i: {kind: alike(value, p) for kind, value in by_name[names[id(p)]].items()}
                       for i, p in enumerate(parameters) if names[id(p)] in by_name}
     optimizer.load_state_dict(state)
@@ -323,7 +326,7 @@ class TrainResult:
 
 @dataclass
 class StepReport:
-    """What callbacks see after each step (main process only)."""
+    """What callbacks see after each step (main process only; of a sharded run, its shares alone: do not call them)."""
 
     step: int  # steps done
     loss: float  # mean over the global batch

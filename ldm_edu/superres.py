@@ -114,13 +114,13 @@ class LowResConfig(Config):
     factor: int = 4  # side of the picture over side of the small one
     downsample_factor: int = 4  # of the first stage: side of the picture over side of its latents
     noise: float = 0.3  # training adds noise of a standard deviation from 0 to this to small pictures in [-1, 1]; 0: none
-    width: int = 64  # of the vector that says how much
+    width: int = 64  # of the vector that says how much; 0: nothing says it, as in the released model
 
     def __post_init__(self):
         r, f = self.factor, self.downsample_factor
         if r < 2 or f < 1 or (r % f and f % r):
             raise ValueError(f"factor, downsample_factor: got {r} and {f}, expected a factor from 2, one of them a multiple of the other")
-        if not 0 <= self.noise <= 1 or self.width < 2 or self.width % 2:
+        if not 0 <= self.noise <= 1 or self.width < 0 or self.width % 2:
             raise ValueError(f"noise, width: got {self.noise} and {self.width}, expected a noise in [0, 1] and an even width")
 
 
@@ -144,8 +144,8 @@ class LowResConditioner(Conditioner):
 
     def __init__(self, config: LowResConfig):
         channels = 3 * max(1, config.downsample_factor // config.factor) ** 2
-        super().__init__(config, c_dim=config.width, concat_channels=channels)
-        self.level = nn.Sequential(nn.Linear(config.width, config.width), nn.SiLU(), nn.Linear(config.width, config.width))
+        super().__init__(config, c_dim=config.width or None, concat_channels=channels)
+        self.level = nn.Sequential(nn.Linear(config.width, config.width), nn.SiLU(), nn.Linear(config.width, config.width)) if config.width else None
         self.nothing = nn.Parameter(torch.zeros(config.width))
 
     def complete(self, batch: Mapping, encode=None, rng=None) -> Mapping:
@@ -158,11 +158,14 @@ class LowResConditioner(Conditioner):
     def forward(self, batch: Mapping) -> Condition:
         low = check_shape("low_res", torch.as_tensor(read_key(self, batch, "low_res")), "b 3 h w").to(self.device)
         noise = torch.as_tensor(batch.get("low_res_noise", torch.zeros(len(low)))).to(self.device)
+        maps = to_latent_grid(low, self.config.factor, self.config.downsample_factor)
+        if self.level is None:
+            return Condition(concat=maps)
         embedding = timestep_embedding(1000 * check_shape("low_res_noise", noise, "b", b=len(low)), self.config.width)
-        return Condition(c=self.level(embedding), concat=to_latent_grid(low, self.config.factor, self.config.downsample_factor))
+        return Condition(c=self.level(embedding), concat=maps)
 
     def null(self, n: int) -> Condition:
-        return Condition(c=self.nothing.expand(n, -1), concat=self.nothing.new_zeros(n, self.concat_channels, 1, 1))
+        return Condition(c=None if self.level is None else self.nothing.expand(n, -1), concat=self.nothing.new_zeros(n, self.concat_channels, 1, 1))
 
     def prepare(self, prompts: Sequence) -> dict:
         """Small pictures (3, h, w) in [-1, 1], all of one size, or pairs of one and its noise; raises ValueError naming the picture."""

@@ -6,7 +6,7 @@
 __all__ = ['CHANGEABLE', 'RowRandom', 'epoch_order', 'batch_indices', 'TrainingTask', 'TrainConfig', 'learning_rate', 'ema_decay',
            'EMA', 'make_optimizer', 'simple_loop', 'StepBatches', 'step_loader', 'Run', 'only_part', 'part_gradient',
            'apply_part', 'train_step', 'save', 'restore', 'choose_precision', 'make_accelerator', 'run_identity',
-           'start_run', 'report_step', 'evaluate', 'export', 'run_steps', 'train']
+           'wrap_model', 'start_run', 'report_step', 'whole_average', 'evaluate', 'export', 'run_steps', 'train']
 
 # %% ../nbs/08_training.ipynb #252401ac
 """The training loop of both stages: one task, one data set, one config, any number of processes, resumable at any moment.
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, broadcast, patch_environment, send_to_device
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import load_checkpoint, newest_checkpoint, plain_tensors, rotate_checkpoints, save_checkpoint
 from .core import Config, check_choice, check_shape, default_device, derive_seed, write_json
+from .processes import asked_sharding, cut_state, gathered, hand_over, hollow, in_group, keep_freed_memory, one_voice, refill, shard_model, whole_state
 from ldm_edu.runs import (
     NonFiniteLoss, OutOfMemory, RunLog, StepReport, StopSignals, TrainingInterrupted, TrainResult, batch_rows, check_folder, due,
     explain_out_of_memory, fetch_batch, kept_globals, optimizer_tensors, plain, restore_optimizer, restore_rng, rng_states,
@@ -85,13 +86,16 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch)))
 
 
-def batch_indices(n: int, batch_size: int, seed: int, step: int) -> list[int]:
+def batch_indices(data: int | Dataset, batch_size: int, seed: int, step: int) -> list[int]:
     """Items of the global batch of `step` (counted from 0): a pure function, so that resuming needs no loader's state.
 
+    data: how many items there are, or a data set, whose own `epoch_order(seed, epoch)` is followed if it has one.
     Epochs are permutations laid end to end: a batch may span two, and every item comes exactly once in each.
     """
+    n = data if isinstance(data, int) else len(data)
+    order = getattr(data, "epoch_order", None) or functools.partial(epoch_order, n)
     places = range(step * batch_size, (step + 1) * batch_size)
-    return [int(epoch_order(n, seed, p // n)[p % n]) for p in places]
+    return [int(order(seed, p // n)[p % n]) for p in places]
 
 # %% ../nbs/08_training.ipynb #641b2991
 class TrainingTask:
@@ -177,10 +181,12 @@ class TrainConfig(Config):
     tensorboard: bool = False  # write events beside log.jsonl
     flip: bool = False  # mirror half of the pictures (the data set must be flip_safe)
     compile: bool = False  # torch.compile the network: minutes at the start, faster steps on a GPU
+    sharding: str = "none"  # "full": several processes share weights, gradients, moments and average out (FSDP); none: each holds all
 
     def __post_init__(self):
         check_choice("lr_schedule", self.lr_schedule, ("cosine", "constant"))
         check_choice("precision", self.precision, ("fp32", "bf16", "fp16", "auto"))
+        check_choice("sharding", self.sharding, ("none", "full"))
         _check_at_least(self, 1, "steps batch_size accumulation keep")
         _check_at_least(self, 0, "warmup_steps grad_clip weight_decay workers log_every validate_every sample_every save_every")
         _check_at_least(self, 0, "ema_decay final_lr_fraction lr")
@@ -216,11 +222,12 @@ class EMA:
     `update` is called once per optimiser step, whatever the accumulation; buffers are copied, not averaged.
     """
 
-    def __init__(self, model: nn.Module, decay: float, warmup: bool = True):
+    def __init__(self, model: nn.Module, decay: float, warmup: bool = True, place: Callable = lambda model: model):
         self.decay, self.warmup = decay, warmup
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         for parameter in self.model.parameters():
             parameter.data = parameter.data.float()
+        self.model = place(self.model)  # sharded, where the model is
         self._averaged = list(self.model.parameters())
 
     @torch.no_grad()
@@ -233,7 +240,7 @@ class EMA:
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over a saved average or a model's weights."""
-        self.model.load_state_dict(state)
+        self.model.load_state_dict(cut_state(state, self.model))
 
 # %% ../nbs/08_training.ipynb #97aa5066
 def make_optimizer(task: TrainingTask, config: TrainConfig, device: torch.device, part: str | None = None) -> torch.optim.AdamW:
@@ -253,7 +260,7 @@ def simple_loop(task: TrainingTask, dataset, config: TrainConfig, after_step: Ca
     ema = EMA(task.model, config.ema_decay, config.ema_warmup)
     parameters, losses = list(task.model.parameters()), []
     for step in range(config.steps):
-        batch = fetch_batch(dataset, batch_indices(len(dataset), config.batch_size, config.seed, step))
+        batch = fetch_batch(dataset, batch_indices(dataset, config.batch_size, config.seed, step))
         loss = task.loss(task.model, batch, RowRandom(config.seed, step, range(config.batch_size)))[0].mean()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, config.grad_clip or float("inf"))
@@ -283,7 +290,7 @@ class StepBatches(Dataset):
 
     def __getitem__(self, step: int):
         config = self.config
-        indices = batch_indices(len(self.dataset), config.batch_size, config.seed, step)[self.rows.start : self.rows.stop]
+        indices = batch_indices(self.dataset, config.batch_size, config.seed, step)[self.rows.start : self.rows.stop]
         flips = RowRandom(config.seed, step, self.rows).uniform("flip") < 0.5 if config.flip else None
         seeds = [derive_seed(config.seed, step, row, "data") for row in self.rows]
         return fetch_batch(self.dataset, indices, seeds, flips)
@@ -312,6 +319,7 @@ class Run:
     config: TrainConfig
     out: Path
     accelerator: Accelerator
+    model: nn.Module  # what is trained: the task's own model, or a sharded copy of it
     callable: Callable  # the model as the loss calls it: wrapped for processes, precision, compilation
     optimizers: dict  # one for each of the task's parts
     ema: EMA
@@ -355,7 +363,7 @@ def part_gradient(run: Run, part: str, batch, wants_stop: Callable[[], bool]) ->
         for key, value in extra.items():
             logs[key] = logs.get(key, 0) + torch.as_tensor(value).detach().float().mean().to(total.device) * len(cut)
     parameters = [p for group in run.optimizers[part].param_groups for p in group["params"]]
-    norm = torch.as_tensor(accelerator.clip_grad_norm_(parameters, config.grad_clip or float("inf"))).to(total)
+    norm = gathered(torch.as_tensor(accelerator.clip_grad_norm_(parameters, config.grad_clip or float("inf")))).to(total)
     seen = torch.stack([total, torch.tensor(float(wants_stop()), device=total.device)])
     loss, stop, norm = torch.cat([accelerator.reduce(seen, "sum"), norm[None]]).tolist()
     return loss, norm, logs, stop > 0
@@ -367,7 +375,7 @@ def apply_part(run: Run, part: str, loss: float, norm: float) -> None:
     run.skipped = run.skipped + 1 if scaled and not np.isfinite(norm) else 0
     if not np.isfinite(loss) or (not np.isfinite(norm) and not scaled) or run.skipped > 20:
         run.optimizers[part].zero_grad()
-        indices = batch_indices(len(run.batches.dataset), config.batch_size, config.seed, run.step)
+        indices = batch_indices(run.batches.dataset, config.batch_size, config.seed, run.step)
         raise NonFiniteLoss(run.step, loss, norm, indices, run.saved)
     for group in run.optimizers[part].param_groups:
         group["lr"] = learning_rate(config, run.step) * group["lr_scale"]
@@ -394,34 +402,42 @@ def train_step(run: Run, batch, wants_stop: Callable[[], bool] = lambda: False) 
     run.step += 1
     run.losses.append(loss)
     if not run.skipped:  # an fp16 overflow changes no weight; the scaler lowers its factor
-        run.ema.update(run.task.model, run.step)
+        run.ema.update(run.model, run.step)
     return loss, norm, logs, stop
 
 # %% ../nbs/08_training.ipynb #6e32963d
 def save(run: Run) -> None:
-    """Write a checkpoint of everything that the next step depends on, and forget the oldest (main process)."""
-    if run.accelerator.is_main_process and (run.saved is None or run.saved.name != f"step-{run.step:08d}"):
-        moments = {k: v for optimizer in run.optimizers.values() for k, v in optimizer_tensors(run.task.model, optimizer).items()}
-        tensors = {"model": run.task.model.state_dict(), "ema": run.ema.model.state_dict(),
-                   "optimizer": {**moments, "history:loss": torch.tensor(run.losses, dtype=torch.float64)}}
-        scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else None
-        state = {"seconds": run.seconds, "scaler": scaler, "rng": rng_states(), "torch": torch.__version__}
-        run.saved = save_checkpoint(run.out / "checkpoints", run.step, tensors, state)
-        rotate_checkpoints(run.out / "checkpoints", run.config.keep, run.step)
+    """Write a checkpoint of everything that the next step depends on, and forget the oldest (the main process; all must come)."""
+    root, main = run.out / "checkpoints", run.accelerator.is_main_process
+    if run.saved is None or run.saved.name != f"step-{run.step:08d}":
+        moments = {k: v for optimizer in run.optimizers.values() for k, v in optimizer_tensors(run.model, optimizer).items()}
+        groups = {"model": run.model.state_dict(), "ema": run.ema.model.state_dict(),
+                  "optimizer": {**moments, "history:loss": torch.tensor(run.losses, dtype=torch.float64)}}
+        tensors = {stem: whole_state(group, main, "cpu") for stem, group in groups.items()}
+        if main:
+            scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else None
+            state = {"seconds": run.seconds, "scaler": scaler, "rng": rng_states(), "torch": torch.__version__}
+            save_checkpoint(root, run.step, tensors, state)
+            rotate_checkpoints(root, run.config.keep, run.step)
+        run.saved = root / f"step-{run.step:08d}"
     run.accelerator.wait_for_everyone()
 
-
+# %% ../nbs/08_training.ipynb #04973e5e
 def restore(run: Run) -> None:
-    """Go back to the newest whole checkpoint, if there is one; all processes read the same."""
+    """Go back to the newest whole checkpoint, if there is one; ValueError unless all processes find the same."""
     folder = newest_checkpoint(run.out / "checkpoints")
+    found = torch.tensor([-1 if folder is None else int(folder.name[5:])], device=run.accelerator.device)
+    steps = sorted(set(run.accelerator.gather(found).tolist()))
+    if len(steps) > 1:
+        raise ValueError(f"out: the processes found checkpoints of steps {steps} (-1: none) in {run.out}, expected a folder that all of them see")
     if folder is None:
         return
     tensors, state = load_checkpoint(folder)
     run.losses = tensors["optimizer"].pop("history:loss").tolist()
-    run.task.model.load_state_dict(tensors["model"])
+    run.model.load_state_dict(cut_state(tensors["model"], run.model))
     run.ema.load(tensors["ema"])
     for optimizer in run.optimizers.values():
-        restore_optimizer(run.task.model, optimizer, tensors["optimizer"])
+        restore_optimizer(run.model, optimizer, tensors["optimizer"])
     restore_rng(state["rng"])
     if run.accelerator.scaler and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
@@ -430,11 +446,11 @@ def restore(run: Run) -> None:
 # %% ../nbs/08_training.ipynb #09913608
 # Settings that may change between two parts of one run: they do not change what a step computes, beyond rounding.
 CHANGEABLE = ("steps", "accumulation", "log_every", "validate_every", "sample_every", "save_every", "keep", "workers",
-              "tensorboard", "compile")
+              "tensorboard", "compile", "sharding")
 
 
 def choose_precision(name: str, device: torch.device | None = None) -> str:
-    """"auto" as what is fast on this machine: bf16 where the processor or the accelerator multiplies in it, else fp32."""
+    """"auto" as what is fast on this machine: bf16 where the processor (AMX) or the accelerator multiplies in it, else fp32."""
     device = device or default_device()
     if name != "auto":
         return name
@@ -442,7 +458,7 @@ def choose_precision(name: str, device: torch.device | None = None) -> str:
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     info = Path("/proc/cpuinfo")
     words = set(info.read_text().split()) if device.type == "cpu" and info.exists() else set()
-    return "bf16" if words & {"amx_bf16", "avx512_bf16"} else "fp32"
+    return "bf16" if "amx_bf16" in words else "fp32"  # with avx512_bf16 alone a step was measured slower (lesson 24)
 
 
 def make_accelerator(config: TrainConfig, find_unused_parameters: bool = False) -> Accelerator:
@@ -451,7 +467,8 @@ def make_accelerator(config: TrainConfig, find_unused_parameters: bool = False) 
         raise ValueError("precision: got 'fp16' on a CPU, expected 'fp32' or 'bf16'")
     AcceleratorState._reset_state()  # lets one notebook train in several precisions; the process group stays
     ddp = DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(config.precision, config.precision), kwargs_handlers=[ddp])
+    with patch_environment(accelerate_use_fsdp="false"):  # sharding is torch's own, the same on every device: see `processes`
+        accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(config.precision, config.precision), kwargs_handlers=[ddp])
     kind = str(accelerator.distributed_type).rsplit(".", 1)[-1]
     if accelerator.num_processes > 1 and not kind.startswith("MULTI_"):
         raise ValueError(f"processes: got {kind}, expected plain data parallelism (MULTI_CPU, MULTI_GPU, ...)")
@@ -468,27 +485,49 @@ def run_identity(task: TrainingTask, dataset, config: TrainConfig) -> dict:
     if config.flip and not getattr(dataset, "flip_safe", False):
         raise ValueError("flip: got True, expected False: the data set is not flip_safe (captions, boxes or cached latents "
                          "would not follow the mirror)")
+    if config.sharding == "full" and len(task.parts) > 1:
+        raise ValueError(f"sharding: got 'full' for the parts {', '.join(task.parts)} of a {type(task).__name__}, expected 'none', or one part")
     data = {"items": len(dataset), "fingerprint": dataset.fingerprint() if hasattr(dataset, "fingerprint") else None}
+    if order := getattr(dataset, "epoch_order", None):
+        data["order"] = order.fingerprint()
     return {"task": task.describe(), "dataset": data, "config": config}
 
+# %% ../nbs/08_training.ipynb #97e176c7
+def wrap_model(task: TrainingTask, config: TrainConfig, accelerator: Accelerator) -> tuple[nn.Module, Callable, list, EMA]:
+    """`(model, callable, optimizers, ema)` on their device, with the first process's weights; sharded, the task's own model is hollow meanwhile."""
+    device, sharded = accelerator.device, config.sharding == "full" and in_group()
+    task.model.to(device).train()
+    if device.type == "cuda" and config.precision != "fp32" and not sharded:
+        task.model.to(memory_format=torch.channels_last)  # what half-precision convolutions read without copies
+    optimizers = [make_optimizer(task, config, device, part) for part in task.parts]
+    if not sharded:
+        ema = EMA(task.model, config.ema_decay, config.ema_warmup)
+        wrapped, *optimizers = accelerator.prepare(task.model, *optimizers)
+        ema.load(task.model.state_dict())  # all processes start from the weights of the first
+        return task.model, wrapped, optimizers, ema
+    broadcast(task.model.state_dict())
+    place = functools.partial(shard_model, device=device)
+    ema, model = EMA(task.model, config.ema_decay, config.ema_warmup, place), place(copy.deepcopy(task.model))
+    for optimizer in optimizers:
+        hand_over(optimizer, task.model, model)
+    hollow(task.model)
+    return model, accelerator.prepare_model(model, evaluation_mode=True), [accelerator.prepare_optimizer(o) for o in optimizers], ema
 
+# %% ../nbs/08_training.ipynb #f628a9f4
 def start_run(task: TrainingTask, dataset, config: TrainConfig, out: Path, validation, resume: bool) -> Run:
     """Check the inputs, wrap model and optimiser, and go back to the newest checkpoint."""
     accelerator = make_accelerator(config, task.find_unused_parameters or len(task.parts) > 1)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     task.reduce = functools.partial(accelerator.reduce, reduction="sum")
     task.process = accelerator.process_index, accelerator.num_processes
     task.configure(dataset, config, accelerator.device)
     identity = run_identity(task, dataset, config)
     check_folder(out, identity, resume, CHANGEABLE)
     accelerator.wait_for_everyone()
-    task.model.to(accelerator.device).train()
-    if accelerator.device.type == "cuda" and config.precision != "fp32":
-        task.model.to(memory_format=torch.channels_last)  # what half-precision convolutions read without copies
-    ema = EMA(task.model, config.ema_decay, config.ema_warmup)
-    wrapped, *optimizers = accelerator.prepare(task.model, *(make_optimizer(task, config, accelerator.device, p) for p in task.parts))
-    ema.load(task.model.state_dict())  # all processes start from the weights of the first
+    model, wrapped, optimizers, ema = wrap_model(task, config, accelerator)
     batches = StepBatches(dataset, config, share(config.batch_size, accelerator.num_processes, accelerator.process_index))
-    run = Run(task, config, out, accelerator, torch.compile(wrapped) if config.compile else wrapped,
+    run = Run(task, config, out, accelerator, model, torch.compile(wrapped) if config.compile else wrapped,
               dict(zip(task.parts, optimizers, strict=True)), ema, batches)
     if validation is not None and len(validation):
         batch = fetch_batch(validation, list(range(min(len(validation), config.batch_size))))
@@ -513,27 +552,40 @@ def report_step(run: Run, log: RunLog | None, bar, lr: float, norm: float, logs:
         means = {name: value / run.config.batch_size for name, value in zip(names, sums, strict=True)}
         log.write(run.step, {"loss": loss, "lr": lr, "grad_norm": norm, "seconds": round(run.seconds, 3), **means})
 
+# %% ../nbs/08_training.ipynb #2f0c3931
+def whole_average(run: Run, keep: bool = True) -> nn.Module:
+    """The averaged model in one piece: where it is sharded, a copy gathered for the processes that `keep` it (all must come)."""
+    if run.model is run.task.model:
+        return run.ema.model
+    return refill(copy.deepcopy(run.task.model), run.ema.model, keep).eval().requires_grad_(False)
+
 
 @torch.no_grad()
-def evaluate(run: Run, log: RunLog) -> None:
-    """Validation loss and sample sheet of the averaged model, where due (main process)."""
+def evaluate(run: Run, log: RunLog | None) -> None:
+    """Validation loss and sample sheet of the averaged model, where due (the main process, which has a log; all must come)."""
     config, task = run.config, run.task
+    validates = due(run.step, config.validate_every, config.steps) and task.validation_batch is not None
+    draws = due(run.step, config.sample_every, config.steps)
+    average = whole_average(run, log is not None) if validates or draws else None
+    if log is None:
+        return
     with run.accelerator.autocast():
-        if due(run.step, config.validate_every, config.steps) and task.validation_batch is not None:
+        if validates:
             rng = RowRandom(config.seed, "validation", range(batch_rows(task.validation_batch)), run.accelerator.device)
-            log.write(run.step, {"validation": float(task.validation_loss(run.ema.model, rng))})
-        if due(run.step, config.sample_every, config.steps):
+            log.write(run.step, {"validation": float(task.validation_loss(average, rng))})
+        if draws:
             (run.out / "samples").mkdir(exist_ok=True)
-            task.draw(run.ema.model, run.step, run.out / "samples")
+            task.draw(average, run.step, run.out / "samples")
 
 
 def export(run: Run) -> None:
-    """Let the task write its finished model (main process)."""
+    """Let the task write its finished model (the main process; all must come)."""
+    average = whole_average(run, run.accelerator.is_main_process)
     if run.accelerator.is_main_process:
         recent = run.losses[-100:]
         info = {"step": run.step, "loss": sum(recent) / len(recent), "seconds": round(run.seconds, 1),
                 "task": plain(run.task.describe()), "config": run.config.to_dict()}
-        run.task.export(run.out / "model", run.ema.model.state_dict(), info)
+        run.task.export(run.out / "model", average.state_dict(), info)
     run.accelerator.wait_for_everyone()
 
 # %% ../nbs/08_training.ipynb #e2cf8d79
@@ -552,11 +604,10 @@ def run_steps(run: Run, stop: int, log: RunLog | None, signals: StopSignals, pro
             run.seconds += time.perf_counter() - began
             bar.update()
             report_step(run, log, bar, lr, norm, logs)
-            if main:
-                for callback in callbacks:
-                    callback(StepReport(run.step, loss, lr, norm, logs, run.task.model, run.ema.model))
-                if not stopping:
-                    evaluate(run, log)
+            for callback in callbacks if main else ():
+                callback(StepReport(run.step, loss, lr, norm, logs, run.model, run.ema.model))
+            if not stopping:
+                evaluate(run, log)
             if stopping or due(run.step, config.save_every, stop) or run.step == stop:
                 save(run)
             if stopping and run.step < stop:
@@ -572,10 +623,10 @@ def train(task: TrainingTask, dataset, config: TrainConfig, out: str | Path, *, 
     stop_after: return (with a checkpoint) once this many steps have been done in total; the schedule stays that of `steps`.
     callbacks: called with a StepReport after each step, on the main process.
     Raises ValueError for a folder with another run, CheckpointError where no checkpoint is whole, NonFiniteLoss,
-    OutOfMemory, and TrainingInterrupted after SIGINT or SIGTERM.
+    OutOfMemory, and TrainingInterrupted after SIGINT or SIGTERM (a sharded task's model comes back only from a run that ends well).
     """
-    out, config = Path(out), config.replace(precision=choose_precision(config.precision))
-    with kept_globals(), StopSignals() as signals:
+    out, config = Path(out), config.replace(precision=choose_precision(config.precision), sharding=asked_sharding(config.sharding))
+    with kept_globals(), one_voice(), StopSignals() as signals:
         run = start_run(task, dataset, config, out, validation, resume)
         log = RunLog(out, run.step, config.tensorboard) if run.accelerator.is_main_process else None
         try:
@@ -583,9 +634,11 @@ def train(task: TrainingTask, dataset, config: TrainConfig, out: str | Path, *, 
             run_steps(run, config.steps if stop_after is None else min(stop_after, config.steps), log, signals, progress, callbacks)
             if run.step >= config.steps:
                 export(run)
+            average = whole_average(run)
+            refill(task.model, run.model)
         finally:
             if log:
                 log.close()
             run.accelerator.unwrap_model(run.callable, keep_fp32_wrapper=False)
             task.validation_batch = None
-        return TrainResult(run.step, list(run.losses), run.seconds, out, run.ema.model)
+        return TrainResult(run.step, list(run.losses), run.seconds, out, average)

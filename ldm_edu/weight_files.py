@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BUILDERS', 'INERT', 'STARTS', 'RESTRICTED', 'STEMS', 'SCHEDULE', 'UNET', 'EMA', 'STAGE', 'READER', 'FOREIGN',
            'Placeholder', 'RefusedPickle', 'RestrictedUnpickler', 'tell_file', 'check_no_program', 'read_tensors',
-           'weight_file', 'read_folder', 'Checkpoint', 'averaged', 'split_checkpoint', 'check_kind']
+           'weight_file', 'Counted', 'tally', 'own_tensors', 'read_folder', 'Checkpoint', 'averaged',
+           'split_checkpoint', 'check_kind']
 
 # %% ../nbs/99b_weight_files.ipynb #1e1bf7b4
 """Read other people's files of weights: safetensors, and pickles that may call nothing but what builds tensors and containers.
@@ -165,6 +166,29 @@ def weight_file(folder: str | Path) -> Path | None:
     return next((Path(folder) / name for name in names if (Path(folder) / name).is_file()), None)
 
 
+@dataclass(frozen=True)
+class Counted:
+    """Tensors that belong together, counted."""
+
+    tensors: int
+    numbers: int
+    kinds: str  # their precisions
+
+
+def tally(state: Mapping[str, Tensor]) -> Counted:
+    """Count tensors, numbers and precisions."""
+    return Counted(len(state), sum(x.numel() for x in state.values()), ", ".join(sorted({str(x.dtype).removeprefix("torch.") for x in state.values()})))
+
+
+def own_tensors(state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """A state dict on the CPU, as safetensors wants it: no two tensors share memory. Those that share none already are not copied.
+
+    `dtype`: of the floating ones; None: as they are.
+    """
+    state = {name: x.detach().to(device="cpu", dtype=dtype if x.is_floating_point() else None).contiguous() for name, x in state.items()}
+    return {name: x if x.untyped_storage().nbytes() == x.nbytes else x.clone() for name, x in state.items()}
+
+
 def read_folder(folder: str | Path) -> dict[str, Tensor]:
     """The tensors by name of a folder that holds one network. Raises ValueError where there are none, or files are damaged or refused."""
     if (file := weight_file(folder)) is None:
@@ -187,7 +211,7 @@ class Checkpoint:
     conditioner: dict[str, Tensor]
     schedule: dict[str, Tensor]
     scale_factor: float | None  # where the file says it (models that measured it); else the recipe knows
-    ema: bool  # whether `unet` holds the averaged weights
+    ema: bool  # whether `unet` holds what the file calls averaged; in files with one copy the other name may hide an average
     dropped: list[str] = field(default_factory=list)  # names outside the known parts; the averages' counters and the first stage's losses are not listed
 
 # %% ../nbs/99b_weight_files.ipynb #34eec7d8
@@ -214,7 +238,8 @@ def split_checkpoint(state: Mapping, names: list[str], ema: bool | None = None, 
         raise ValueError(f"{where}: got both averaged and last weights ({len(mean)} and {len(last)} tensors): choose ema=True (what the paper samples with) or ema=False")
     chosen = bool(mean) if ema is None else ema
     if not (mean if chosen else last):
-        raise ValueError(f"{where}: got no {'averaged' if chosen else 'last'} weights of the UNet, only the {'last' if chosen else 'averaged'} ones: pass ema={not chosen}")
+        one = f"one copy of the UNet, under {UNET} (in files released for sampling this is the average)" if chosen else "averaged weights of the UNet alone"
+        raise ValueError(f"{where}: got {one}: leave ema out, or pass ema={not chosen}")
     known = (UNET, EMA, STAGE, READER)
     rest = [name for name in state if not name.startswith(known) and name not in (*SCHEDULE, "scale_factor")]
     factor = state["scale_factor"].item() if "scale_factor" in state else None

@@ -531,6 +531,17 @@ def test_a_comparison_says_what_its_figures_depend_on(tiny):
     assert speed_table(compare_speed("A", "encode", [OURS], rounds=2, warm=1)).count("guided") == 0
 
 
+def test_freed_memory_is_kept_for_all_when_asked_for(tiny, monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench, "keep_freed_memory", lambda: asked.append(1) or True)
+    kept, not_kept = (compare_speed("P", "train", [OURS], rounds=2, warm=1, keep_memory=keep) for keep in (True, False))
+    assert len(asked) == 1 and kept["memory_kept"] and not not_kept["memory_kept"]
+    assert "freed memory kept" in speed_table(kept) and "freed memory kept" not in speed_table(not_kept)
+    monkeypatch.setattr(bench, "keep_freed_memory", lambda: False)
+    with pytest.raises(ValueError, match="keep_memory: got True .*expected glibc"):
+        compare_speed("P", "train", [OURS], keep_memory=True)
+
+
 def test_memory_is_measured_in_children_when_asked_for(tiny, monkeypatch):
     monkeypatch.setattr(bench, "resident_growth", lambda name, what, setting, batch, steps: len(setting.name))
     rows = compare_speed("P", "train", [THEIRS, OURS], rounds=2, warm=1, memory=True)["rows"]
@@ -620,5 +631,5 @@ def test_committed_figures_are_whole(root):
     assert len(celeba["losses"]) == celeba["steps"] == 200
     assert celeba["images_per_second"] == pytest.approx(celeba["batch_size"] / celeba["seconds_per_step_median"])
     assert len((root / "data/sweeps/profile-h200.txt").read_text().splitlines()) == 24
-    example = json.loads((root / "data/sweeps/speed-s8.json").read_text())
-    assert speed_table(example) == (root / "data/sweeps/speed-s8.md").read_text()
+    cpu = json.loads((root / "data/sweeps/speed-cpu.json").read_text())["comparisons"]
+    assert all(f"| {row['setting']} | {row['ms']:.1f} |" in speed_table(run) for run in cpu for row in run["rows"])

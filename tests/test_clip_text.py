@@ -42,6 +42,31 @@ def test_tokens_are_those_of_transformers(activation):
             assert_close(ours(ids), theirs(input_ids=ids).last_hidden_state, atol=1e-5, rtol=0)
 
 
+def test_an_encoder_of_one_layer_by_hand():
+    """Embeddings, norm, attention that looks back, norm, two layers with OpenAI's bend, and the last norm [CLIP sec. 2.4]."""
+    model = randomise(ClipText(ClipTextConfig(20, 8, 1, 2, 16, 6))).eval()
+    w, ids = model.state_dict(), torch.tensor([[3, 19, 0, 7]])
+
+    def norm(x, name):
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ w[f"{layer}.{name}.weight"].T + w[f"{layer}.{name}.bias"]
+
+    layer = "encoder.layers.0"
+    x = w["embeddings.token_embedding.weight"][ids[0]] + w["embeddings.position_embedding.weight"][:4]
+    h = norm(x, f"{layer}.layer_norm1")
+    q, k, v = (linear(h, f"self_attn.{name}_proj") for name in "qkv")
+    read = []
+    for part in (slice(0, 4), slice(4, 8)):
+        scores = q[:, part] @ k[:, part].T / 2
+        read.append(torch.stack([scores[i, : i + 1].softmax(0) @ v[: i + 1, part] for i in range(4)]))
+    x = x + linear(torch.cat(read, 1), "self_attn.out_proj")
+    wide = linear(norm(x, f"{layer}.layer_norm2"), "mlp.fc1")
+    x = x + linear(wide / (1 + torch.exp(-1.702 * wide)), "mlp.fc2")
+    assert_close(model(ids)[0], norm(x, "final_layer_norm"), atol=1e-5, rtol=1e-5)
+
+
 def test_size_of_stable_diffusion_s_encoder():
     with torch.device("meta"):
         model = ClipText(ClipTextConfig())
@@ -110,3 +135,16 @@ def test_names_of_all_who_saved_it(prefix):
     found = clip_weights({**{prefix + name: x for name, x in model.state_dict().items()}, prefix + "embeddings.position_ids": torch.arange(8)[None],
                           "logit_scale": torch.ones(()), "vision_model.post_layernorm.bias": torch.ones(3), "text_projection.weight": torch.ones(2, 2)})
     model.load_state_dict(found, strict=True)
+
+
+@pytest.mark.parametrize("pad", ["!", {"content": "!", "lstrip": False}])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_other_padding_is_refused(tmp_path, file, pad):
+    """Stable Diffusion 2 pads with "!": the UNet would read other tokens than it was trained with."""
+    words = {mark: i for i, mark in enumerate(("!", "!</w>", ClipTokenizer.start, ClipTokenizer.end))}
+    (tmp_path / "vocab.json").write_text(json.dumps(words)), (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / file).write_text(json.dumps({"pad_token": ClipTokenizer.end}))
+    assert ClipTokenizer.from_folder(tmp_path).rows(["!"], 4).tolist() == [[2, 1, 3, 3]]
+    (tmp_path / file).write_text(json.dumps({"pad_token": pad}))
+    with pytest.raises(ValueError, match=f"{file}: got padding by '!', expected '<|endoftext|>'".replace("|", r"\|")):
+        ClipTokenizer.from_folder(tmp_path)

@@ -1,5 +1,6 @@
 """The fast gate: what a maintainer would otherwise find out too late."""
 import ast
+import configparser
 import re
 import shutil
 import subprocess
@@ -13,12 +14,12 @@ from conftest import ROOT
 LIBRARY = ROOT / "ldm_edu"
 # Nothing imports upward: a module may import modules of its own level or below, without cycles.
 LEVELS = {
-    0: "core drawing captions data schedule folders viz checkpoint runs weight_files",
+    0: "core drawing captions data schedule folders viz checkpoint processes runs weight_files shards tar_images latent_shards",
     1: "objective attention samplers solvers guidance grader oracle features metrics clip_text",
     2: "unet autoencoder quantize tiling losses perceptual conditioning layout superres inpainting windows frozen_text placement evaluation probing",
     3: "ldm training reading editing asking keymaps foreign_configs",
     4: "recipes costs weights contenders",
-    5: "demo bench",
+    5: "demo bench inspection convert scaling",
     6: "cli widgets",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
@@ -81,6 +82,17 @@ def test_libraries_stay_in_their_modules():
     for path in modules():
         for package, allowed in where.items():
             assert package not in external_imports(path) or path.stem in allowed, f"{path.stem} imports {package}"
+
+
+def test_requirements_name_what_the_library_imports():
+    """What comes along with another requirement today may not tomorrow."""
+    said = configparser.ConfigParser()
+    said.read(ROOT / "settings.ini")
+    named = {re.split("[<>=]", part)[0].replace("-", "_") for part in said["DEFAULT"]["requirements"].split()}
+    asked = {"diffusers", "torchmetrics", "torch_fidelity"}  # by who wants them; a sentence says where they are missing
+    notebook = {"IPython", "matplotlib_inline"}  # ours only where a notebook runs, which brings them
+    imported = {name for path in modules() for name in external_imports(path)} - set(sys.stdlib_module_names) - {"ldm_edu"} - asked - notebook
+    assert not {"pillow" if name == "PIL" else name for name in imported} - named
 
 
 def test_public_names_are_defined_once():

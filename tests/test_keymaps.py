@@ -113,7 +113,25 @@ def test_names_that_diffusers_used_before():
     old = dict(state)
     for new, before in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
         old = {name.replace(f".{new}.", f".{before}."): x for name, x in old.items()}
-    assert any(".proj_attn." in name for name in old) and K.newest_names(old).keys() == state.keys()
+    read = K.newest_names(old)
+    assert any(".proj_attn." in name for name in old) and read.keys() == state.keys()
+    odd = [name for name, x in state.items() if not torch.equal(read[name], x)]
+    assert not odd, f"{odd} hold another tensor under today's names"
+
+
+def test_a_joined_layer_computes_what_its_released_parts_do():
+    """Self- and cross-attention from the released matrices, by hand: four products, one softmax for each head."""
+    net = randomise(UNet(CONFIGS["text"]))
+    block, heads, d = net.mid[0].attention.blocks[0], 2, 32
+    state = K.from_ours(K.unet_entries(net), net.state_dict())
+    tokens, context = (torch.randn(1, n, width, generator=torch.Generator().manual_seed(n)) for n, width in ((5, 64), (3, 16)))
+    for name, layer, read, inputs in (("attn1", block.self_attention, tokens, (tokens,)), ("attn2", block.cross_attention, context, (tokens, context))):
+        part = {key: state[f"middle_block.1.transformer_blocks.0.{name}.to_{key}.weight"] for key in "qkv"}
+        out = state[f"middle_block.1.transformer_blocks.0.{name}.to_out.0.weight"], state[f"middle_block.1.transformer_blocks.0.{name}.to_out.0.bias"]
+        q, k, v = tokens[0] @ part["q"].T, read[0] @ part["k"].T, read[0] @ part["v"].T
+        rows = [slice(i * d, (i + 1) * d) for i in range(heads)]
+        by_head = [(q[:, r] @ k[:, r].T / d**0.5).softmax(-1) @ v[:, r] for r in rows]
+        torch.testing.assert_close(layer(*inputs)[0], torch.cat(by_head, 1) @ out[0].T + out[1], atol=1e-5, rtol=1e-5)
 
 
 def test_plain_attention_is_read_in_the_order_of_its_rows():

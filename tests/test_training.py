@@ -198,7 +198,7 @@ def test_bf16_trains_float32_weights_and_leaves_the_model_clean(tmp_path):
     assert result.step == 12
 
 
-@pytest.mark.parametrize("flags, expected", [("fpu avx512_bf16 sse", "bf16"), ("fpu amx_bf16", "bf16"), ("fpu avx512f", "fp32")])
+@pytest.mark.parametrize("flags, expected", [("fpu avx512_bf16 sse", "fp32"), ("fpu amx_bf16", "bf16"), ("fpu avx512f", "fp32")])
 def test_auto_precision_follows_the_processor(flags, expected, monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda self: True)
     monkeypatch.setattr(Path, "read_text", lambda self: f"model name : any\nflags : {flags}\n")

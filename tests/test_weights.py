@@ -9,15 +9,15 @@ import torch
 from diffusers_maps import randomise
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from weights_toy import KL, PROMPTS, VQ, compvis_file, make, same_weights, text_model, text_unet, write_clip
 
 import ldm_edu
 from ldm_edu import foreign_configs as F
 from ldm_edu import ldm as L
 from ldm_edu import weights as W
 from ldm_edu.autoencoder import AUTOENCODERS, AutoencoderConfig
-from ldm_edu.clip_text import ClipText, ClipTextConfig, ClipTokenizer
+from ldm_edu.clip_text import ClipText, ClipTextConfig
 from ldm_edu.core import make_generators
-from ldm_edu.frozen_text import save_clip
 from ldm_edu.keymaps import first_stage_entries, from_ours, unet_entries
 from ldm_edu.quantize import make_first_stage
 from ldm_edu.schedule import ScheduleConfig
@@ -27,47 +27,9 @@ from ldm_edu.weight_files import EMA, STAGE, UNET, read_folder
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers, which `make test` installs")
 transformers = pytest.importorskip("transformers", reason="needs transformers, which `make test` installs")
 diffusers.utils.logging.disable_progress_bar()
-PIECES = [*"abcdefghijklmnopqrstuvwxyz", *(c + "</w>" for c in "abcdefghijklmnopqrstuvwxyz"), "re", "red</w>", ClipTokenizer.start, ClipTokenizer.end]
-PROMPTS = ["a red circle", "blue"]
-KL = AutoencoderConfig(4, 16, (1, 2), 1, num_groups=8)
-VQ = AutoencoderConfig(3, 16, (1, 2), 1, (2,), num_groups=8, double_z=False, codes=8)
-
-
-def text_unet(**changes):
-    return UNetConfig(4, 4, 32, (1, 2), 1, (1,), **{"heads": 4, "context_dim": 32, "num_groups": 8, **changes})
-
-
-def write_clip(folder, words=None, seed=0, width=32):
-    """A small CLIP text encoder and its tokenizer in a folder."""
-    torch.manual_seed(seed)
-    encoder = randomise(ClipText(ClipTextConfig(len(PIECES), width, 2, 4, 2 * width, 24)), seed)
-    save_clip(encoder, ClipTokenizer.from_merges({piece: i for i, piece in enumerate(PIECES)}, [("r", "e"), ("re", "d</w>")]), folder, words)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     return write_clip(tmp_path_factory.mktemp("clip"))
-
-
-def make(stage=KL, unet=None, conditioner=None, seed=0, **changes):
-    """A model at random weights, the zero-initialised ones included."""
-    unet = unet or UNetConfig(stage.z_channels, stage.z_channels, 32, (1, 2), 1, (2,), head_dim=8, num_groups=8)
-    config = L.LDMConfig(stage, unet, conditioner or {"name": "none"}, **{"image_size": 16, "scale_factor": 0.7, **changes})
-    torch.manual_seed(0)
-    model = L.build(config)
-    model.config = config.replace(conditioner=model.net.conditioner.to_dict())
-    return randomise(model, seed).eval()
-
-
-def text_model(clip, **changes):
-    return make(unet=text_unet(), conditioner={"name": "frozen-text", "config": {"model": str(clip), "max_length": 24}}, guidance_scale=7.5, **changes)
-
-
-def same_weights(one, other) -> bool:
-    """Whether two modules hold the same bits under the same names."""
-    theirs = other.state_dict()
-    return one.state_dict().keys() == theirs.keys() and all(torch.equal(x, theirs[name]) and x.dtype == theirs[name].dtype for name, x in one.state_dict().items())
 
 
 def noise(z, seed, n=2, cells=8):
@@ -260,7 +222,7 @@ def test_a_payload_in_a_folder_is_refused(pipe, part, tmp_path):
 
 @pytest.mark.parametrize("name", ["scenes-inpaint", "scenes-semantic", "scenes-class", "scenes-text", "scenes-layout", "scenes-superres"])
 def test_models_that_diffusers_has_no_pipeline_for_are_refused(tmp_path, name):
-    with pytest.raises(ValueError, match="condition: got .*expected NoCondition, or FrozenTextConditioner.*save_compvis and ldm.save"):
+    with pytest.raises(ValueError, match="condition: got .*expected NoCondition, or FrozenTextConditioner.*ldm.save writes any model"):
         W.save_diffusers(ldm_edu.load(name), tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
@@ -370,12 +332,6 @@ def test_heads_mean_what_diffusers_does_with_them():
 
 
 # ------------------------------------------------------------------------------------------------ the original's layout
-def compvis_file(model, path, **more):
-    """The model's tensors in the original's layout, as a Lightning checkpoint."""
-    torch.save({"state_dict": {**W.compvis_state(model), **more}, "epoch": 1}, path)
-    return path
-
-
 @pytest.mark.parametrize("name", ["scenes-inpaint", "scenes-semantic"])
 def test_shipped_models_go_round(tmp_path, name):
     model = ldm_edu.load(name)
@@ -462,14 +418,19 @@ def test_averaged_or_last_is_a_choice(tmp_path):
     torch.save({name: x for name, x in both.items() if not name.startswith(UNET)}, tmp_path / "mean.ckpt")  # no wrapper, no last weights
     only = W.load_compvis(tmp_path / "mean.ckpt", model.config)
     assert same_weights(only.net, mean.net) and only.card["averaged"] is True
-    with pytest.raises(ValueError, match="got no last weights of the UNet, only the averaged ones: pass ema=True"):
+    with pytest.raises(ValueError, match="got averaged weights of the UNet alone: leave ema out, or pass ema=True"):
         W.load_compvis(tmp_path / "mean.ckpt", model.config, ema=False)
+    torch.save(state, tmp_path / "one.ckpt")  # one copy under the last weights' names, as in files released for sampling: the file does not say which
+    assert W.load_compvis(tmp_path / "one.ckpt", model.config).card["averaged"] is None and chosen.card["averaged"]
+    with pytest.raises(ValueError, match=r"got one copy of the UNet, under model.diffusion_model. \(in files released for sampling.* leave ema out"):
+        W.load_compvis(tmp_path / "one.ckpt", model.config, ema=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_converted(tmp_path, dtype):
+@pytest.mark.parametrize("which", [(UNET, STAGE), ""], ids=["networks", "the whole file"])
+def test_half_precision_is_converted(tmp_path, dtype, which):
     model = make()
-    save_file({name: x.to(dtype) if name.startswith((UNET, STAGE)) else x for name, x in W.own_tensors(W.compvis_state(model)).items()}, tmp_path / "m.safetensors")
+    save_file({name: x.to(dtype) if name.startswith(which) else x for name, x in W.own_tensors(W.compvis_state(model)).items()}, tmp_path / "m.safetensors")
     again = W.load_compvis(tmp_path / "m.safetensors", model.config)
     for part in ("net", "first_stage"):
         before = getattr(model, part).state_dict()
