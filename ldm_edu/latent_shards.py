@@ -6,7 +6,7 @@
 __all__ = ['SHARD_BYTES', 'ONE_FILE_BYTES', 'WINDOW', 'pack_rows', 'row_crc', 'LatentShards', 'read_header', 'shard_rows',
            'shard_name', 'shard_latents', 'latent_cache', 'row_bytes']
 
-# %% ../nbs/91e_latent_shards.ipynb #be58b1c8
+# %% ../nbs/91e_latent_shards.ipynb #c6fdd479
 """Cached latents of large data: shards of bounded size, written by all processes of a run, read row by row.
 
 What is stored is what `checkpoint.cache_latents` stores, bit for bit, because the encoder sees the same batches.
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import LatentDataset, cache_identity, cache_latents, encode_batch, field_arrays, items_of, latent_batch
 from .core import atomic_path, write_json
-from .shards import ShardFiles, ShardOrder
+from .shards import ShardFiles, ShardOrder, own_turns
 
 # %% ../nbs/91e_latent_shards.ipynb #06c8af16
 def pack_rows(latents: np.ndarray, arrays: Mapping[str, np.ndarray], texts: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
@@ -127,7 +127,7 @@ def shard_name(rows: range) -> str:
     """The file of a shard with these items."""
     return f"latents-{rows.start:09d}-{rows.stop:09d}.safetensors"
 
-# %% ../nbs/91e_latent_shards.ipynb #1abf5a85
+# %% ../nbs/91e_latent_shards.ipynb #4ad6c993
 SHARD_BYTES = 2**26  # of one shard: what a killed run loses at most in each process, and three times what a process holds while it encodes
 ONE_FILE_BYTES = 2**30  # up to here one process encodes into one file
 WINDOW = 8  # shards whose rows are mixed in training
@@ -137,19 +137,17 @@ def shard_latents(encode: Callable[[Tensor], object], dataset, folder: str | os.
                   progress: bool = True) -> LatentShards:
     """Encode a data set into shards of `rows` items, `info` being its `cache_identity`; what is there already stays.
 
-    Processes of one run (RANK, WORLD_SIZE) begin at different shards, and go on with what the others have not done yet: none waits.
+    Processes of one run share the work (see `own_turns`), and go on with what the others have not done yet: none waits.
     """
     final, n = Path(folder) / f"latents-{info['digest']}-by-{rows}", len(dataset)
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if rows % batch_size:
         raise ValueError(f"rows: got {rows} in a shard, expected a multiple of batch_size {batch_size}: else the encoder would see other batches than in one file")
     cuts = shard_rows(n, rows)
     for stale in final.glob(".latents-*.part"):  # of killed runs; a living process writes a file in seconds
         if time.time() - stale.stat().st_mtime > 3600:
             stale.unlink(missing_ok=True)
-    start = rank * len(cuts) // world
     with tqdm(total=n, desc="encoding", disable=not progress, unit="img") as bar:
-        for cut in [*cuts[start:], *cuts[:start]]:
+        for cut in (cuts[i] for i in own_turns(len(cuts))):
             if not (final / shard_name(cut)).exists():
                 _encode_shard(encode, dataset, info, cut, batch_size, final / shard_name(cut))
             bar.update(len(cut))

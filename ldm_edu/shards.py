@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARD_NAME', 'PACKED', 'TEXTS', 'HIDDEN', 'expand_braces', 'find_shards', 'holds_shards', 'read_members',
-           'scan_shard', 'ShardFiles', 'ShardOrder']
+           'scan_shard', 'ShardFiles', 'ShardOrder', 'own_turns']
 
 # %% ../nbs/91c_shards.ipynb #571bda4f
 """Tar shards of pictures, as WebDataset lays them out, opened for reading at random: files, members, bytes, an order.
@@ -213,3 +213,14 @@ class ShardOrder:
     def fingerprint(self) -> str:
         """Hash of all that decides the order, beside (seed, epoch)."""
         return hashlib.blake2b(f"{self.window}|".encode() + self.shards.numpy().tobytes(), digest_size=16).hexdigest()
+
+# %% ../nbs/91c_shards.ipynb #14b5e4f8
+def own_turns(n: int) -> list[int]:
+    """The order in which this process (RANK of WORLD_SIZE) goes through `n` pieces of work that all processes share.
+
+    Its own pieces come first. Then it helps the next process, and the one after that, from their ends: a helper and its owner meet once.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0")) % world
+    parts = [range(i * n // world, (i + 1) * n // world) for i in range(world)]
+    return [*parts[rank], *(piece for k in range(1, world) for piece in reversed(parts[(rank + k) % world]))]

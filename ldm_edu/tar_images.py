@@ -6,7 +6,7 @@
 __all__ = ['INDEX_FORMAT', 'MOST_TEXT', 'ShardEntry', 'index_shard', 'index_place', 'kept_index', 'read_shards', 'shard_classes',
            'shard_captions', 'TarImages', 'pack_images', 'open_pictures']
 
-# %% ../nbs/91d_tar_images.ipynb #3e332c51
+# %% ../nbs/91d_tar_images.ipynb #c459cb8f
 """Pictures in tar shards as training data, item by item what a folder of the same files gives, and the way from one to the other.
 
 Each shard is read once, every picture is decoded, and an index with places, hashes and texts is kept.
@@ -34,7 +34,7 @@ from tqdm import tqdm
 from .checkpoint import commit_folder
 from .core import atomic_path, derive_seed, read_json, write_text
 from .folders import SUFFIXES, ImageFolder, Pictures, check_captions, class_folders, read_captions, read_image, refuse, tell_fault
-from .shards import TEXTS, ShardFiles, ShardOrder, find_shards, holds_shards, scan_shard
+from .shards import TEXTS, ShardFiles, ShardOrder, find_shards, holds_shards, own_turns, scan_shard
 
 # %% ../nbs/91d_tar_images.ipynb #1dd3a9d6
 class ShardEntry(NamedTuple):
@@ -103,7 +103,7 @@ def index_shard(path, known: Mapping[str, Sequence[int]] | None = None, workers:
     files.close()
     return {"format": INDEX_FORMAT, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "faults": faults, "entries": entries}
 
-# %% ../nbs/91d_tar_images.ipynb #fd69a447
+# %% ../nbs/91d_tar_images.ipynb #0a9f917e
 def index_place(path: Path, cache_dir=None) -> Path:
     """Where a shard's index is kept: in `cache_dir`, or beside the shard."""
     return Path(cache_dir) / f"{path.name}-{derive_seed(str(path.resolve())):016x}.index.json" if cache_dir else path.with_name(f"{path.name}.index.json")
@@ -147,12 +147,11 @@ def _read_index(place: Path) -> dict:
 def read_shards(paths: Sequence[Path], cache_dir=None, workers: int | None = None) -> tuple[list[dict], dict[str, str]]:
     """The indices of some shards, and what is wrong with shards as a whole, by place in the list.
 
-    Processes of one run (RANK, WORLD_SIZE) begin at different shards and find there what the others have finished.
+    Processes of one run share the work (see `own_turns`) and find what the others have finished.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    start, indices, faults = rank * len(paths) // world, {}, {}
+    indices, faults = {}, {}
     small = sum(path.stat().st_size for path in paths) < 2**30
-    for i in tqdm([*range(start, len(paths)), *range(start)], "indexing shards", disable=small):
+    for i in tqdm(own_turns(len(paths)), "indexing shards", disable=small):
         try:
             indices[i] = kept_index(paths[i], cache_dir, workers)
             if not indices[i]["entries"] and not indices[i]["faults"]:

@@ -318,6 +318,22 @@ def test_two_processes_share_the_work_and_read_the_same(tmp_path):
     assert 96 <= sum(decoded) <= 96 + 8 * 2, decoded  # at most the last shard or two were looked through by both
 
 
+def test_work_is_shared_and_all_of_it_done(monkeypatch):
+    from ldm_edu.shards import own_turns
+
+    assert own_turns(5) == [0, 1, 2, 3, 4] and own_turns(0) == []
+    for world, n in ((2, 7), (3, 12), (5, 3)):
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        turns = []
+        for rank in range(world):
+            monkeypatch.setenv("RANK", str(rank))
+            turns.append(own_turns(n))
+            assert sorted(turns[-1]) == list(range(n))
+        firsts = [turn[: (rank + 1) * n // world - rank * n // world] for rank, turn in enumerate(turns)]
+        assert sorted(i for first in firsts for i in first) == list(range(n))
+        assert all(turn[len(first) :][: len(other)] == other[::-1] for turn, first, other in zip(turns, firsts, [*firsts[1:], firsts[0]]))
+
+
 # --- reading ------------------------------------------------------------------------------------------------------------
 
 
