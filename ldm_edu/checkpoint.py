@@ -308,6 +308,10 @@ def cache_identity(dataset, key: str, keys_to_keep: Sequence[str], flips: bool, 
         raise ValueError("dataset: got 0 items, expected at least 1")
     identity = {"key": key, "dataset": dataset.fingerprint(), "n": len(dataset), "fields": list(keys_to_keep),
                 "flips": flips, "dtype": dtype, "image_key": image_key}
+    names = {"caption": "captions", "label": "labels"}  # kept beside the latents, and no part of a folder's fingerprint: a corrected caption counts
+    told = {key: values for key in keys_to_keep if isinstance(values := getattr(dataset, names.get(key, ""), None), list)}
+    if told:
+        identity["told"] = hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest()
     return identity | {"digest": hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()}
 
 # %% ../nbs/08b_checkpoints.ipynb #53ee0de4

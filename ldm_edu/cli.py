@@ -280,7 +280,7 @@ class Evaluate:
         stage = getattr(model, "first_stage", model)
         self.check(model)
         keys = model.net.conditioner.keys if stage is not model else ()
-        training, validation = self.data.open(keys=keys)
+        training, validation = self.data.open(self.cache, keys)
         results = {"data": describe_data(validation), "reconstruction": reconstruction(stage, validation)}
         if stage is not model and self.data.data == "scenes" and model.config.conditioner["name"] == "text":
             results |= {"settings": {"prompts": self.prompts, "steps": self.steps, "seed": self.seed}}
@@ -585,7 +585,7 @@ def main(args: list[str] | None = None) -> int:
     except (ValueError, TypeError, FileNotFoundError, NotADirectoryError) as err:
         print(f"ldm-edu: {err}", file=sys.stderr)
         return 2
-    except RuntimeError as err:
+    except (RuntimeError, OSError) as err:
         print(f"ldm-edu: {err}", file=sys.stderr)
         return 1
 

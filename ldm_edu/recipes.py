@@ -382,10 +382,14 @@ def _enlarged(item: Mapping) -> int:
 
 def _text_conditioner(data, width: int, pooled: bool) -> TextConditioner:
     """A text conditioner with a vocabulary from the data's captions."""
+    captions = set(all_captions(data))
     tokenizer = train_tokenizer(all_captions(data))
-    longest = max(len(tokenizer.encode(c)) for c in set(all_captions(data)))
+    lengths = {text: len(tokenizer.encode(text)) for text in captions}
+    longest = max(lengths.values())
     if longest > 77:
-        raise ValueError(f"captions: got one of {longest} tokens, expected at most 77 (with the two marks of start and end)")
+        many, worst = sum(n > 77 for n in lengths.values()), max(lengths, key=lengths.get)
+        raise ValueError(f"captions: got one of {longest} tokens, expected at most 77 (with the two marks of start and end): "
+                         f"shorten {worst[:80]!r}..." + (f" and {many - 1} others" if many > 1 else ""))
     return TextConditioner(TextConfig(width=width, max_length=max(32, longest), pooled=pooled), tokenizer)
 
 

@@ -189,8 +189,10 @@ def shard_captions(found: Mapping[str, ShardEntry], source, root) -> tuple[dict[
         raise ValueError(f"captions: got {source!r}, expected None, 'filename', 'sidecar', 'json' or the path of a .csv or .jsonl file")
     inside = {name: entry.name for name, entry in found.items()}
     texts, problems = read_captions(root, list(inside.values()), source)
+    many = Counter(inside.values()) if source != "filename" else {}
+    twice = {name: f"{many[key]} shards hold a {key}, and {source} cannot tell them apart" for name, key in inside.items() if many.get(key, 0) > 1}
     lost = {name: problems[name] for name in problems.keys() - set(inside.values())}
-    return {name: texts.get(key, "") for name, key in inside.items()}, lost | {name: problems[key] for name, key in inside.items() if key in problems}
+    return {name: texts.get(key, "") for name, key in inside.items()}, lost | {name: problems[key] for name, key in inside.items() if key in problems} | twice
 
 # %% ../nbs/91d_tar_images.ipynb #ec2a8f5b
 class TarImages(Pictures):
@@ -270,9 +272,14 @@ def pack_images(root, out, megabytes: float = 256, captions=None, classes="auto"
     try:
         while left:
             path = part / f"{count:06d}.tar"
+            before = len(left)
             with atomic_path(path) as temporary:
                 _write_shard(temporary, data, keys, left, megabytes * 1e6, known)
-            write_text(index_place(path), json.dumps(index_shard(path, known, workers)))
+            index = index_shard(path, known, workers)
+            if index["faults"] or len(index["entries"]) != before - len(left):
+                raise ValueError(f"{root}: {before - len(left)} pictures went into a shard and {len(index['entries'])} can be read from it: "
+                                 f"rename folders such as __NAME__, which readers of shards pass over. {index['faults'] or ''}")
+            write_text(index_place(path), json.dumps(index))
             known.clear()
             count += 1
         commit_folder(part, out)

@@ -221,7 +221,7 @@ MUTATIONS = (
     _m(12, "of several conditions those to keep are silenced", "layout._speak",
        "select(~drop,", "select(drop,", "test_layout.py::test_each_part_can_be_dropped_alone"),
     _m(12, "a null picture to enlarge still carries the last one's noise level", "superres.LowResConditioner.null",
-       "c=self.nothing.expand(n, -1)", "c=self.level(timestep_embedding(self.nothing.new_zeros(n), self.config.width))",
+       "self.nothing.expand(n, -1)", "self.level(timestep_embedding(self.nothing.new_zeros(n), self.config.width))",
        "test_superres.py::test_null_fits_every_size_and_carries_nothing"),
     _m(12, "the null of inpainting says that everything is known", "inpainting.InpaintConditioner.__init__",
        "torch.ones(1)", "torch.zeros(1)", "test_inpainting.py::test_null_is_a_picture_that_is_all_hole"),

@@ -459,7 +459,7 @@ def test_plms_agrees_with_diffusers(S, spacing):
     ours = [s.x_next for s in trace(plms, Denoiser(model, SCHEDULE), x, timesteps(S, T, spacing))[1]]
     theirs = plms_states(their_plms("eps", S, spacing), model, x)
     assert len(ours) == len(theirs) == S
-    worst = [(a - b).abs().max().item() for a, b in zip(ours, theirs)]
+    worst = [((a - b).abs().max() / b.abs().max().clamp(min=1)).item() for a, b in zip(ours, theirs)]  # of the states, up to 5 here: their tables are float32
     assert all(difference <= 1e-4 for difference in worst), f"differences {worst}"
 
 

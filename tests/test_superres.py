@@ -182,7 +182,7 @@ def test_bad_batches():
         model({"low_res": torch.rand(1, 3, 8, 8), "low_res_noise": torch.zeros(2)})
 
 
-@pytest.mark.parametrize("changes", [{"factor": 1}, {"factor": 3}, {"downsample_factor": 0}, {"noise": -0.1}, {"noise": 1.5}, {"width": 5}, {"width": 0}])
+@pytest.mark.parametrize("changes", [{"factor": 1}, {"factor": 3}, {"downsample_factor": 0}, {"noise": -0.1}, {"noise": 1.5}, {"width": 5}, {"width": -2}])
 def test_bad_configs(changes):
     with pytest.raises(ValueError, match="got"):
         S.LowResConfig(**changes)
