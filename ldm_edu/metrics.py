@@ -174,8 +174,8 @@ def fid_against_n(samples: Tensor, reference: FeatureStatistics, sizes: Sequence
         raise ValueError(f"sizes: got {sizes}, expected at least two different ones from 2 to {n}")
     subsets = [samples[torch.randperm(n, generator=generator)[:size].to(samples.device)] for size in sizes]
     values = [fid(FeatureStatistics(part, reference.provenance), reference) for part in subsets]
-    columns = torch.stack([torch.ones(len(sizes)), 1 / torch.tensor(sizes)], dim=1).double()
-    infinite, slope = torch.linalg.lstsq(columns, torch.tensor(values).double()[:, None]).solution[:, 0].tolist()
+    columns = torch.stack([torch.ones(len(sizes)), 1 / torch.tensor(sizes, dtype=torch.float64)], dim=1)
+    infinite, slope = torch.linalg.lstsq(columns, torch.tensor(values, dtype=torch.float64)[:, None]).solution[:, 0].tolist()
     return FIDCurve(sizes, values, infinite, slope)
 
 # %% ../nbs/09_metrics.ipynb #dc1fbc58

@@ -440,6 +440,7 @@ def their_plms(kind, S, spacing):
     scheduler = diffusers.PNDMScheduler(**TABLE, skip_prk_steps=True, set_alpha_to_one=True, timestep_spacing=spacing,
                                         prediction_type=diffusers_kind[kind])
     scheduler.set_timesteps(S)
+    scheduler.alphas_cumprod = SCHEDULE.alphas_cumprod.double()  # the same table; their quotients of float32 scalars would cancel to 2e-4
     return scheduler
 
 
@@ -459,7 +460,7 @@ def test_plms_agrees_with_diffusers(S, spacing):
     ours = [s.x_next for s in trace(plms, Denoiser(model, SCHEDULE), x, timesteps(S, T, spacing))[1]]
     theirs = plms_states(their_plms("eps", S, spacing), model, x)
     assert len(ours) == len(theirs) == S
-    worst = [((a - b).abs().max() / b.abs().max().clamp(min=1)).item() for a, b in zip(ours, theirs)]  # of the states, up to 5 here: their tables are float32
+    worst = [(a - b).abs().max().item() for a, b in zip(ours, theirs)]
     assert all(difference <= 1e-4 for difference in worst), f"differences {worst}"
 
 
