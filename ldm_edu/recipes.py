@@ -167,22 +167,24 @@ class DiffusionTask(TrainingTask):
     def __init__(self, ldm: LatentDiffusion, recipe: "DiffusionRecipe", stage_hash: str, data: str = "", start: Mapping | None = None):
         self.ldm, self.model, self.recipe, self.stage_hash, self.data = ldm, ldm.net, recipe, stage_hash, data
         self.start = dict(start or {})  # of the model that this run goes on from: hash of its weights, its card
+        self.schedule = ldm.schedule
 
     def configure(self, dataset, config, device) -> None:
-        """Move the frozen first stage, which encodes what conditions hide, to this process's device."""
+        """Move the frozen first stage, which encodes what conditions hide, and the schedule to this process's device."""
         self.ldm.first_stage.to(device)
+        self.schedule = self.ldm.schedule.to(device)
 
     def loss(self, model: nn.Module, batch: Mapping, rng) -> tuple[Tensor, dict]:
         """Per-sample loss (b,): noise the latents at random steps, drop some conditions, predict."""
         mean, std = batch["mean"], batch["std"]
         shape = mean.shape[1:]
         z = (mean + std * rng.normal(shape, "posterior")) * self.ldm.config.scale_factor
-        t = draw_steps(rng, self.ldm.schedule.T, self.recipe.step_bias)
+        t = draw_steps(rng, self.schedule.T, self.recipe.step_bias)
         drop = rng.uniform("drop") < self.recipe.condition_dropout
         conditioner = self.ldm.net.conditioner
         batch = conditioner.complete(batch, self.ldm.encode, rng)
         batch = {**batch, **{key: rng.uniform(key) < self.recipe.condition_dropout for key in conditioner.drops}}
-        loss = diffusion_loss(lambda x_t, t: model(x_t, t, batch, drop), z, self.ldm.schedule.to(z.device), t,
+        loss = diffusion_loss(lambda x_t, t: model(x_t, t, batch, drop), z, self.schedule.to(z.device), t,
                               rng.normal(shape, "eps"), prediction=self.ldm.config.prediction,
                               weighting=self.recipe.weighting)
         return loss, {}

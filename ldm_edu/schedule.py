@@ -157,7 +157,9 @@ class ScheduleTables:
         self.__dict__.update({name: table.float() for name, table in tables.items()})
 
     def to(self, device):
-        """Return a schedule whose tensors are on `device`; this one stays as it is."""
+        """Return a schedule whose tensors are on `device`: this one if they are there already, else another one."""
+        if torch.device(device) == self.device:
+            return self
         other = object.__new__(type(self))
         other.__dict__.update({k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.__dict__.items()})
         return other

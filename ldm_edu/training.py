@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHANGEABLE', 'RowRandom', 'epoch_order', 'batch_indices', 'TrainingTask', 'TrainConfig', 'learning_rate', 'ema_decay',
-           'EMA', 'make_optimizer', 'simple_loop', 'StepBatches', 'step_loader', 'Run', 'only_part', 'part_gradient',
-           'apply_part', 'train_step', 'save', 'restore', 'choose_precision', 'make_accelerator', 'run_identity',
-           'wrap_model', 'start_run', 'report_step', 'whole_average', 'evaluate', 'export', 'run_steps', 'train']
+           'EMA', 'make_optimizer', 'simple_loop', 'StepBatches', 'step_loader', 'OneAhead', 'Run', 'only_part',
+           'step_random', 'part_gradient', 'apply_part', 'train_step', 'save', 'restore', 'choose_precision',
+           'make_accelerator', 'run_identity', 'wrap_model', 'start_run', 'report_step', 'whole_average', 'evaluate',
+           'export', 'run_steps', 'train']
 
 # %% ../nbs/08_training.ipynb #252401ac
 """The training loop of both stages: one task, one data set, one config, any number of processes, resumable at any moment.
@@ -16,9 +17,10 @@ What a network learns is a `TrainingTask`'s business; this module knows steps, r
 import contextlib
 import copy
 import functools
+import itertools
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,28 +54,38 @@ class RowRandom:
 
     def __init__(self, seed: int, step: int | str, rows: Sequence[int], device: torch.device | str = "cpu"):
         self.seed, self.step, self.rows, self.device = seed, step, list(rows), torch.device(device)
+        self._asked, self._ready = [], {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _draw(self, out: Tensor, tag: str, fill: Callable) -> Tensor:
-        generator = torch.Generator()
+    def _draw(self, *ask) -> Tensor:
+        self._asked.append(ask)
+        return self._ready.pop(ask) if ask in self._ready else self._fill(*ask)
+
+    def _fill(self, tag: str, tail: tuple, dtype: torch.dtype, method: str, *bounds) -> Tensor:
+        out, generator = torch.empty(len(self), *tail, dtype=dtype), torch.Generator()
         for row, place in zip(self.rows, out, strict=True):
-            fill(place, generator.manual_seed(derive_seed(self.seed, self.step, row, tag)))
-        return out.to(self.device)
+            getattr(place, method)(*bounds, generator=generator.manual_seed(derive_seed(self.seed, self.step, row, tag)))
+        return out.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else out.to(self.device)
 
     def normal(self, shape_tail: Sequence[int], tag: str) -> Tensor:
         """Standard normal numbers (rows, *shape_tail), float32."""
-        return self._draw(torch.empty(len(self), *shape_tail), tag, lambda out, g: out.normal_(generator=g))
+        return self._draw(tag, tuple(shape_tail), torch.float32, "normal_")
 
     def uniform(self, tag: str, shape_tail: Sequence[int] = ()) -> Tensor:
         """Uniform numbers in [0, 1) of shape (rows, *shape_tail), float32."""
-        return self._draw(torch.empty(len(self), *shape_tail), tag, lambda out, g: out.uniform_(generator=g))
+        return self._draw(tag, tuple(shape_tail), torch.float32, "uniform_")
 
     def integers(self, high: int, tag: str) -> Tensor:
         """Integers 0...high-1 of shape (rows,), int64."""
-        out = torch.empty(len(self), dtype=torch.int64)
-        return self._draw(out, tag, lambda out, g: out.random_(0, high, generator=g))
+        return self._draw(tag, (), torch.int64, "random_", 0, high)
+
+    def ahead(self) -> "RowRandom":
+        """That of the next step and the same rows: what this step has asked for is drawn now, and on its way to the device."""
+        later = RowRandom(self.seed, self.step + 1, self.rows, self.device)
+        later._ready = {ask: later._fill(*ask) for ask in self._asked}
+        return later
 
     def generators(self, tag: str) -> list[torch.Generator]:
         """One CPU generator per row, for functions that take a list of them."""
@@ -310,6 +322,24 @@ def step_loader(batches: StepBatches, start: int, stop: int, device: torch.devic
                       collate_fn=_as_it_is, worker_init_fn=_ignore_interrupt, pin_memory=device.type == "cuda",
                       generator=torch.Generator())
 
+# %% ../nbs/08_training.ipynb #b7c41e90
+class OneAhead:
+    """Batches of a loader on their device; `fetch` gets the next one before it is taken, and leaves global generators alone."""
+
+    def __init__(self, loader: Iterable, device: torch.device):
+        self.loader, self.device, self.ready = iter(loader), device, []
+
+    def fetch(self) -> None:
+        """Get the next batch, unless it is here or there is none."""
+        with kept_globals():
+            for batch in () if self.ready else itertools.islice(self.loader, 1):
+                self.ready = [send_to_device(batch, self.device, non_blocking=True)]
+
+    def take(self):
+        """The next batch. Raises IndexError after the last."""
+        self.fetch()
+        return self.ready.pop()
+
 
 @dataclass
 class Run:
@@ -328,6 +358,7 @@ class Run:
     losses: list = field(default_factory=list)
     seconds: float = 0.0
     saved: Path | None = None  # newest checkpoint
+    ahead: dict = field(default_factory=dict)  # of the next step, by part: randomness that is drawn already
     skipped: int = 0  # steps in a row that the fp16 scaler refused
 
 # %% ../nbs/08_training.ipynb #7d1f02c4
@@ -343,19 +374,26 @@ def only_part(run: Run, part: str):
         for p in others:
             p.requires_grad_(True)
 
+# %% ../nbs/08_training.ipynb #5e0c7d12
+def step_random(run: Run, part: str) -> list[tuple[range, RowRandom]]:
+    """The pieces of this process's rows, each with its randomness: as the step before has prepared it, if it has."""
+    rows, count, ready = run.batches.rows, run.config.accumulation, run.ahead.pop(part, [])
+    cuts = [share(len(rows), count, micro) for micro in range(count)]
+    if not ready or ready[0].step != run.step:
+        ready = [RowRandom(run.config.seed, run.step, rows[cut.start : cut.stop], run.accelerator.device) for cut in cuts]
+    return list(zip(cuts, ready, strict=True))
+
 # %% ../nbs/08_training.ipynb #0bbf0bef
-def part_gradient(run: Run, part: str, batch, wants_stop: Callable[[], bool]) -> tuple[float, float, dict, bool]:
+def part_gradient(run: Run, part: str, batch, wants_stop: Callable[[], bool],
+                  meanwhile: Callable = lambda: None) -> tuple[float, float, dict, bool]:
     """Gather one part's gradient from this process's rows: `(loss, norm, logs, stop)`, all but logs equal on all processes.
 
-    The loss is the mean over the global batch: neither cuts nor processes change it.
+    The loss is the mean over the global batch: neither cuts nor processes change it. `meanwhile` is called while the device computes.
     """
-    config, accelerator, rows = run.config, run.accelerator, run.batches.rows
+    config, accelerator, pieces = run.config, run.accelerator, step_random(run, part)
     total, logs = torch.zeros((), device=accelerator.device), {}
-    for micro in range(config.accumulation):
-        cut = share(len(rows), config.accumulation, micro)
-        rng = RowRandom(config.seed, run.step, rows[cut.start : cut.stop], accelerator.device)
-        last = micro == config.accumulation - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(run.callable):
+    for cut, rng in pieces:
+        with contextlib.nullcontext() if rng is pieces[-1][1] else accelerator.no_sync(run.callable):
             losses, extra = run.task.part_loss(part, run.callable, slice_batch(batch, cut.start, cut.stop), rng)
             losses = check_shape("loss", losses, "b", b=len(cut)).float()
             accelerator.backward(losses.sum() * (accelerator.num_processes / config.batch_size))
@@ -364,8 +402,10 @@ def part_gradient(run: Run, part: str, batch, wants_stop: Callable[[], bool]) ->
             logs[key] = logs.get(key, 0) + torch.as_tensor(value).detach().float().mean().to(total.device) * len(cut)
     parameters = [p for group in run.optimizers[part].param_groups for p in group["params"]]
     norm = gathered(torch.as_tensor(accelerator.clip_grad_norm_(parameters, config.grad_clip or float("inf")))).to(total)
-    seen = torch.stack([total, torch.tensor(float(wants_stop()), device=total.device)])
-    loss, stop, norm = torch.cat([accelerator.reduce(seen, "sum"), norm[None]]).tolist()
+    seen = torch.cat([accelerator.reduce(torch.stack([total, torch.full_like(total, wants_stop())]), "sum"), norm[None]])
+    run.ahead[part] = [rng.ahead() for _, rng in pieces]
+    meanwhile()
+    loss, stop, norm = seen.tolist()  # here the processor waits
     return loss, norm, logs, stop > 0
 
 # %% ../nbs/08_training.ipynb #1ab6a3d4
@@ -383,14 +423,16 @@ def apply_part(run: Run, part: str, loss: float, norm: float) -> None:
     run.optimizers[part].zero_grad()
 
 # %% ../nbs/08_training.ipynb #7d1f02c7
-def train_step(run: Run, batch, wants_stop: Callable[[], bool] = lambda: False) -> tuple[float, float, dict, bool]:
+def train_step(run: Run, batch, wants_stop: Callable[[], bool] = lambda: False,
+               meanwhile: Callable = lambda: None) -> tuple[float, float, dict, bool]:
     """One step: every active part's gradient and update, then the average. `(loss, norm, logs, stop)` as of the first part.
 
-    Raises NonFiniteLoss before the parameters of the part change whose loss or gradient is not finite.
+    `meanwhile` is called once, while the device computes. Raises NonFiniteLoss before the parameters of a part change whose loss or
+    gradient is not finite.
     """
     first, *others = run.task.parts
     with only_part(run, first):
-        loss, norm, logs, stop = part_gradient(run, first, batch, wants_stop)
+        loss, norm, logs, stop = part_gradient(run, first, batch, wants_stop, meanwhile)
     apply_part(run, first, loss, norm)
     for part in (name for name in others if run.task.active(name, run.step)):
         with only_part(run, part):
@@ -591,15 +633,15 @@ def export(run: Run) -> None:
 # %% ../nbs/08_training.ipynb #e2cf8d79
 def run_steps(run: Run, stop: int, log: RunLog | None, signals: StopSignals, progress: bool, callbacks: Sequence[Callable]) -> None:
     """The loop: data, step, log, validation, checkpoint; ends at `stop`, or with TrainingInterrupted."""
-    config, device, main = run.config, run.accelerator.device, run.accelerator.is_main_process
-    loader = iter(step_loader(run.batches, run.step, stop, device)) if run.step < stop else None
+    config, main = run.config, run.accelerator.is_main_process
+    ahead = OneAhead(step_loader(run.batches, run.step, stop, run.accelerator.device) if run.step < stop else (), run.accelerator.device)
     with tqdm(total=config.steps, initial=run.step, disable=not (progress and main), unit="step", dynamic_ncols=True) as bar:
         while run.step < stop:
             began, lr = time.perf_counter(), learning_rate(config, run.step)
-            batch = send_to_device(next(loader), device, non_blocking=True)
+            batch = ahead.take()
             seed_globals(derive_seed(config.seed, run.step, run.accelerator.process_index, "model"))
-            with explain_out_of_memory(config, run.step, len(run.batches.rows), device):
-                loss, norm, logs, stopping = train_step(run, batch, lambda: signals.received > 0)
+            with explain_out_of_memory(config, run.step, len(run.batches.rows), run.accelerator.device):
+                loss, norm, logs, stopping = train_step(run, batch, lambda: signals.received > 0, ahead.fetch)
             stopping = stopping or (signals.received > 0 and run.accelerator.num_processes == 1)
             run.seconds += time.perf_counter() - began
             bar.update()

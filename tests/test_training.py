@@ -111,6 +111,54 @@ def test_row_random_leaves_the_global_generator_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_what_is_drawn_ahead_is_what_the_next_step_would_draw():
+    """And each asking owns its numbers: a task may write into them."""
+    draws = [lambda r: r.normal((3, 2), "noise"), lambda r: r.uniform("t"), lambda r: r.integers(1000, "t"), lambda r: r.integers(10, "t"), lambda r: r.uniform("t", (2,))]
+    now, fresh = RowRandom(3, 7, range(2, 6)), RowRandom(3, 8, range(2, 6))
+    for draw in draws[:3]:
+        draw(now)
+    later = now.ahead()
+    assert (later.step, later.rows) == (8, [2, 3, 4, 5]) and len(later._ready) == 3
+    for draw in draws:
+        first = draw(later)
+        assert torch.equal(first, draw(fresh))
+        assert torch.equal(draw(later), first.clone()) and draw(later).data_ptr() != first.data_ptr()
+    assert not later._ready and len(later.ahead()._ready) == 5
+
+
+def test_one_ahead_gives_all_batches_once_and_leaves_generators_alone():
+    class Random(torch.utils.data.Dataset):
+        def __getitem__(self, step):
+            torch.manual_seed(step)
+            return torch.rand(2), step
+
+    ahead, seen = training.OneAhead(torch.utils.data.DataLoader(Random(), batch_size=None, sampler=range(3, 6), collate_fn=training._as_it_is),
+                                    torch.device("cpu")), []
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    for fetches in (0, 1, 2):
+        for _ in range(fetches):
+            ahead.fetch()
+        seen.append(ahead.take()[1])
+    assert seen == [3, 4, 5] and torch.equal(before, torch.get_rng_state())
+    ahead.fetch()
+    with pytest.raises(IndexError):
+        ahead.take()
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_next_step_is_prepared_before_this_one_is_waited_for(tmp_path, monkeypatch, accumulation):
+    """On an accelerator the processor would otherwise stand idle, and then the accelerator."""
+    events, fill, apply, get = [], RowRandom._fill, training.apply_part, training.StepBatches.__getitem__
+    noted = lambda what, real: lambda *rest: (events.append(what(*rest)), real(*rest))[1]
+    monkeypatch.setattr(RowRandom, "_fill", noted(lambda self, *ask: f"draw {self.step}", fill))
+    monkeypatch.setattr(training, "apply_part", noted(lambda run, *rest: f"apply {run.step}", apply))
+    monkeypatch.setattr(training.StepBatches, "__getitem__", noted(lambda self, step: f"fetch {step}", get))
+    go(tmp_path, QUICK.replace(steps=3, accumulation=accumulation, validate_every=0))
+    once = list(dict.fromkeys(events))
+    assert once == ["fetch 0", "draw 0", "draw 1", "fetch 1", "apply 0", "draw 2", "fetch 2", "apply 1", "draw 3", "apply 2"]
+
+
 # ---------------------------------------------------------------- schedule and average
 
 
