@@ -18,7 +18,7 @@ _WHERE = {
     "LayoutConditioner": "layout", "SemanticConditioner": "layout", "JointConditioner": "layout",
     "LowResConditioner": "superres", "low_res_pairs": "superres", "InpaintConditioner": "inpainting", "with_masks": "inpainting", "outpaint": "inpainting",
     "WindowedModel": "windows", "FrozenTextConditioner": "frozen_text", "FrozenTextConfig": "frozen_text",
-    "make_schedule": "schedule", "grade": "grader", "train_autoencoder": "recipes", "train_diffusion": "recipes",
+    "for_sampling": "scaling", "make_schedule": "schedule", "grade": "grader", "train_autoencoder": "recipes", "train_diffusion": "recipes",
     "classifier_guided": "editing", "image_guided": "editing", "sdedit": "editing", "repaint": "editing", "inpaint": "editing",
     "edit_by_inversion": "editing", "slerp": "editing", "blend_conditions": "editing", "prompt_denoiser": "editing",
     "load_compvis": "weights", "save_compvis": "weights", "load_diffusers": "weights", "save_diffusers": "weights",

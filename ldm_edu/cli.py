@@ -45,6 +45,7 @@ from .processes import is_first, launched, leave_together
 from .recipes import (DIFFUSIONS, FIRST_STAGES, PIXELS_ONLY, PUBLISHED_STAGES, code_version, conditioner_keys, describe_data, machine, train_autoencoder,
                              train_diffusion, write_picture)
 from .runs import TrainingInterrupted
+from .scaling import for_sampling
 from .superres import grade_enlarged, low_res_pairs
 from .tar_images import open_pictures, pack_images
 from .training import TrainConfig, choose_precision
@@ -214,6 +215,8 @@ class Sample:
     window: int | None = None  # large pictures: draw in overlapping windows of so many pixels, in bounded memory
     overlap: int | None = None  # pixels that windows share; half a window by default
     tile: int | None = None  # large pictures: decode in tiles of so many pixels, in bounded memory
+    precision: str = "fp32"  # of the networks: fp32, bf16, fp16, or auto: bf16 where the device is fast in it
+    compile: str = ""  # a mode of torch.compile (default, reduce-overhead): a minute or more first, then faster; for many pictures
     overwrite: bool = False  # replace pictures that are there
 
     def run(self) -> int:
@@ -222,7 +225,7 @@ class Sample:
             raise ValueError(f"{self.out} holds samples already: choose another --out, or pass --overwrite")
         if self.n < 1:
             raise ValueError(f"n: got {self.n}, expected at least 1")
-        model = load(self.model, default_device())
+        model = for_sampling(load(self.model, default_device()), self.precision, self.compile)
         asked = gather_prompts(model.net.conditioner, Asked(self.prompts, self.layouts, self.maps, self.images, self.masks))
         prompts = [p for p in asked for _ in range(self.n)] or None
         images = model.sample(prompts, n=None if prompts else self.n, steps=self.steps, sampler=self.sampler, seed=self.seed,
@@ -238,7 +241,7 @@ class Sample:
                                                "images": [str(path) for path in self.images], "masks": [str(path) for path in self.masks], "seed": self.seed, "steps": self.steps,
                                                "sampler": self.sampler, "guidance_scale": self.guidance_scale,
                                                "guidance_rescale": self.guidance_rescale, "guidance_interval": self.guidance_interval,
-                                               "window": self.window, "overlap": self.overlap, "tile": self.tile})
+                                               "window": self.window, "overlap": self.overlap, "tile": self.tile, "precision": self.precision, "compile": self.compile})
         print(f"{self.out / 'sheet.png'}: {len(images)} pictures")
         return 0
 

@@ -11,19 +11,20 @@ import ldm_edu
 from ldm_edu import ldm as L
 from ldm_edu.autoencoder import AutoencoderConfig
 from ldm_edu.conditioning import ClassConditioner, ClassConfig, Condition, NoCondition
-from ldm_edu.data import Scenes
+from ldm_edu.data import Scenes, degrade
 from ldm_edu.objective import PREDICTIONS
+from ldm_edu.scaling import for_sampling
 from ldm_edu.schedule import ScheduleConfig
 from ldm_edu.unet import UNetConfig
 
 STAGE = AutoencoderConfig(4, 8, (1, 2, 2), 1, mid_attention=False, num_groups=4)
 
 
-def tiny(conditioner=None, **options):
+def tiny(conditioner=None, ch_mult=(1, 2), **options):
     """A random model of 16-pixel pictures."""
     torch.manual_seed(0)
     conditioner = conditioner or ClassConditioner(ClassConfig(3, ("a", "b", "c"), width=8))
-    unet = UNetConfig(4, 4, 8, (1, 2), 1, (1,), head_dim=8, num_groups=4, context_dim=conditioner.context_dim)
+    unet = UNetConfig(4, 4, 8, ch_mult, 1, (1,), head_dim=8, num_groups=4, context_dim=conditioner.context_dim)
     config = L.LDMConfig(STAGE, unet, conditioner.to_dict(), ScheduleConfig(T=100), image_size=16, **options)
     model = L.build(config).eval()
     for p in model.net.parameters():  # the zero-initialised layers too, so that conditions show
@@ -242,3 +243,57 @@ def test_a_first_stage_that_several_models_share_is_written_once(tmp_path):
     shutil.rmtree(stage)
     with pytest.raises(ValueError, match=r"model: got .*stage"):
         L.load(slim)
+
+
+# ---------------------------------------------------------------- half precision, compiled
+
+
+@pytest.mark.parametrize("name, asked", [("scenes-text", {"prompts": ["a red circle", "a blue star"]}), ("scenes-superres", {"batch": {}})])
+@pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_a_model_in_half_precision_draws_the_same_pictures(name, asked, precision, dtype):
+    images = Scenes(32, n=2, objects=(1, 1), fields=("image",)).render(range(2))["image"]
+    if "batch" in asked:
+        asked = {"batch": {"low_res": degrade(images, 4)}}
+    plain, quick = L.load(name), for_sampling(L.load(name), precision)
+    assert {p.dtype for p in quick.net.unet.parameters()} == {p.dtype for p in quick.first_stage.parameters()} == {dtype}
+    assert {p.dtype for p in quick.net.conditioner.parameters()} <= {torch.float32}, "conditions are encoded once, as they were trained"
+    a, b = (model.sample(**asked, steps=8, seed=3) for model in (plain, quick))
+    assert b.dtype == torch.float32 and torch.equal(a, b) == (precision == "fp32") and (a - b).abs().mean() < 0.02
+    z = quick.encode(images)
+    assert z.dtype == quick.decode(z).dtype == quick.decode(z, tile=16).dtype == torch.float32
+    assert (quick.decode(z) - plain.decode(plain.encode(images))).abs().mean() < 0.01
+
+
+def test_an_answer_stays_when_the_next_one_is_computed():
+    """CUDA graphs write every answer to the same place; samplers of higher order look back."""
+    net, place = tiny().net, torch.zeros(2, 4, 4, 4)
+
+    class Graph(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x, t, **condition):
+            return place.copy_(x * self.weight)
+    net.unet = Graph()
+    with torch.no_grad():
+        first = net.denoise(torch.ones_like(place), torch.zeros(2), Condition())
+        second = net.denoise(2 * torch.ones_like(place), torch.zeros(2), Condition())
+    assert first.eq(1).all() and second.eq(2).all()
+
+
+def test_a_compiled_model_draws_the_same_pictures_and_can_be_saved(tmp_path):
+    model, asked = tiny(ch_mult=(1,)), {"prompts": ["a", "b"], "seed": 1, "steps": 3, "guidance_scale": 2.0}
+    plain = model.sample(**asked)
+    compiled = for_sampling(model, "fp32", compile="default")
+    calls = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch.testing.assert_close(compiled.sample(**asked), plain, atol=1e-4, rtol=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > calls, "something was compiled"
+    L.save(compiled, tmp_path / "model")
+    torch.testing.assert_close(L.load(tmp_path / "model").sample(**asked), plain, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("arguments, message", [(("int8",), "precision.*int8.*fp32"), (("fp32", "fast"), "compile.*fast.*reduce-overhead"), (("fp16",), "fp16.*on a CPU")])
+def test_what_sampling_cannot_do_is_said(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        for_sampling(tiny(), *arguments)

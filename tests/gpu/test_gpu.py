@@ -1,5 +1,6 @@
 """The library on a CUDA device: the same numbers as on the CPU, trainings that fall and resume, what memory switches save."""
 import copy
+import warnings
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from ldm_edu.metrics import psnr
 from ldm_edu.quantize import make_first_stage
 from ldm_edu.recipes import DiffusionRecipe, FirstStageRecipe, train_autoencoder, train_diffusion
 from ldm_edu.runs import fetch_batch
+from ldm_edu.scaling import for_sampling
 from ldm_edu.tiling import tiled_decode
-from ldm_edu.training import TrainConfig
+from ldm_edu.training import RowRandom, TrainConfig
 from ldm_edu.unet import UNet, UNetConfig, build_unet
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -179,3 +181,39 @@ def test_channels_last_is_the_same_network():
     other = copy.deepcopy(net).to(memory_format=torch.channels_last)
     with torch.no_grad():
         assert_close(other(given[0].contiguous(memory_format=torch.channels_last), *given[1:]), net(*given), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("precision, compile, likeness", [("bf16", "", 40), ("fp16", "", 45), ("bf16", "reduce-overhead", 40), ("fp32", "reduce-overhead", 50)])
+def test_half_precision_and_cuda_graphs_draw_the_same_pictures(precision, compile, likeness):
+    prompts = make_prompts(8, seed=5, kind="single")
+    expected = load("scenes-text", "cuda").sample(prompts, steps=8, seed=3)
+    quick = for_sampling(load("scenes-text", "cuda"), precision, compile)
+    for _ in range(3):  # a graph is recorded at the second call and replayed from the third on
+        drawn = quick.sample(prompts, steps=8, seed=3)
+    assert drawn.dtype == torch.float32 and psnr(drawn, expected).min() > likeness
+
+
+def test_what_is_drawn_ahead_is_the_same_on_the_device():
+    now, fresh = RowRandom(3, 7, range(4), "cuda"), RowRandom(3, 8, range(4))
+    draws = [lambda r: r.normal((3, 2), "noise"), lambda r: r.uniform("t"), lambda r: r.integers(1000, "t")]
+    for draw in draws:
+        draw(now)
+    later = now.ahead()
+    for draw in draws:
+        drawn = draw(later)
+        assert drawn.is_cuda and torch.equal(drawn.cpu(), draw(fresh))
+
+
+def test_a_training_step_waits_for_the_device_once(tmp_path):
+    """For its loss: all that the next step needs from the processor is on its way by then."""
+    data, stage = Scenes(16, n=64, objects=(1, 1), fields=("image",)), make_first_stage(STAGE).cuda().eval()
+    config, counts = QUICK.replace(steps=12, save_every=100, validate_every=0, log_every=100, precision="bf16"), []
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            train_diffusion(data, stage, DiffusionRecipe("tiny", "none", train=config), tmp_path, progress=False,
+                            callbacks=[lambda report: counts.append(sum("synchronizing" in str(w.message) for w in seen))])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert [later - now for now, later in zip(counts[4:-2], counts[5:-1])] == [1] * 6
