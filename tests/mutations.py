@@ -69,6 +69,13 @@ BUGS = {
     23: Bug("A ported network differs in what no shape shows, or a checkpoint loads in part, and nobody is told.",
             f"[LDM #87]({_GITHUB}/CompVis/latent-diffusion/issues/87), weight ports"),
     24: Bug("Opening a file of weights runs the code that its pickle brings.", "torch.load, for years by default"),
+    25: Bug("Items of sharded data hardly mix, or every epoch is in the same order.",
+            f"[webdataset #71]({_GITHUB}/webdataset/webdataset/issues/71), [#502]({_GITHUB}/webdataset/webdataset/pull/502)"),
+    26: Bug("A run that is stopped in the middle of an epoch goes on with rows that it has seen, or in another order.",
+            f"[accelerate #2016]({_GITHUB}/huggingface/accelerate/issues/2016), [#4233]({_GITHUB}/huggingface/accelerate/pull/4233)"),
+    27: Bug("Of work that many processes share, some is done twice or not at all, or one's part passes for the whole.",
+            f"[Lightning #17702]({_GITHUB}/Lightning-AI/pytorch-lightning/issues/17702), [webdataset #453]({_GITHUB}/webdataset/webdataset/issues/453)"),
+    28: Bug("A cache goes on being used although what it was made from has changed.", f"[xgboost #4237]({_GITHUB}/dmlc/xgboost/issues/4237), [unitxt #7]({_GITHUB}/IBM/unitxt/issues/7)"),
 }
 
 WAITING: tuple[Waiting, ...] = ()
@@ -377,7 +384,7 @@ MUTATIONS = (
     _m(21, "every batch of pictures starts again from the first seeds", "ldm.draw_latents",
        "seeds[start : start + batch_size]", "seeds[: min(batch_size, len(seeds) - start)]",
        "test_ldm.py::test_an_image_depends_on_its_seed_and_prompt_alone"),
-    _m(21, "the rows of a training step are seeded by their place in the micro-batch", "training.RowRandom._draw",
+    _m(21, "the rows of a training step are seeded by their place in the micro-batch", "training.RowRandom._fill",
        "for row, place in zip(self.rows, out, strict=True)", "for row, place in enumerate(out)",
        "test_training.py::test_accumulation_changes_nothing"),
     _m(21, "a scene is numbered by its place in the batch", "data._draw_sizes",
@@ -499,6 +506,32 @@ MUTATIONS = (
        "x[index::count]", "x[index * pictures : (index + 1) * pictures]", "test_windows.py::test_a_row_for_every_window_of_every_picture"),
     _m(21, "every window asks at the first picture's step", "windows.WindowedModel.__call__",
        "t.repeat(len(x) // len(x_t))", "t[:1].repeat(len(x))", "test_windows.py::test_far_from_its_edges_a_window_says_what_the_whole_would"),
+    # 25 the order of sharded data
+    _m(25, "shards come in the same order in every epoch", "shards.ShardOrder._draw", 'derive_seed(seed, "shards", epoch)', 'derive_seed(seed, "shards", 0)',
+       "test_shards.py::test_the_order_is_a_permutation_that_reads_few_shards"),
+    _m(25, "items keep their places within a window of shards", "shards.ShardOrder._draw",
+       "torch.randperm(len(self.shards), generator=generator)", "torch.arange(len(self.shards))", "test_shards.py::test_all_orders_are_drawn_alike"),
+    _m(25, "a part of the data forgets which shards its items are in", "shards.ShardOrder.part",
+       "self.shards[torch.as_tensor(indices, dtype=torch.int64)]", "self.shards[: len(indices)]",
+       "test_shards.py::test_the_order_is_a_permutation_that_reads_few_shards"),
+    # 26 stopped in mid-epoch
+    _m(26, "a run goes on in another order of shards, and nobody is told", "training.run_identity",
+       'order := getattr(dataset, "epoch_order", None)', "order := None", "test_shards.py::test_a_run_resumes_in_mid_epoch_and_knows_its_order"),
+    _m(26, "the batches after a restart begin with the first of the run", "training.run_steps",
+       "step_loader(run.batches, run.step, stop, run.accelerator.device)", "step_loader(run.batches, 0, stop, run.accelerator.device)",
+       "test_shards.py::test_a_run_resumes_in_mid_epoch_and_knows_its_order"),
+    _m(26, "the noise that is drawn ahead is that of the same step", "training.RowRandom.ahead", "later._fill(*ask)", "self._fill(*ask)",
+       "test_training.py::test_train_100_is_train_50_and_resume_50"),
+    # 27 work that is shared
+    _m(27, "the last pieces of work belong to nobody", "shards.own_turns", "range(i * n // world, (i + 1) * n // world)",
+       "range(i * (n // world), (i + 1) * (n // world))", "test_shards.py::test_work_is_shared_and_all_of_it_done"),
+    _m(27, "a process does its own part only, and waits for nobody who is gone", "shards.own_turns", "for k in range(1, world)", "for k in range(0)",
+       "test_shards.py::test_work_is_shared_and_all_of_it_done"),
+    # 28 stale caches
+    _m(28, "texts beside cached latents do not count in their identity", "checkpoint.cache_identity", "    if told:", "    if told and not keys_to_keep:",
+       "test_latent_shards.py::test_what_is_kept_beside_the_latents_is_part_of_their_identity"),
+    _m(28, "a damaged row of a cache is trained on", "latent_shards.LatentShards._row", "!= (views[view], rest)", "!= (zlib.crc32(latent), rest)",
+       "test_latent_shards.py::test_a_changed_byte_is_named"),
 )
 
 
