@@ -45,10 +45,11 @@ from .processes import is_first, launched, leave_together
 from .recipes import (DIFFUSIONS, FIRST_STAGES, PIXELS_ONLY, PUBLISHED_STAGES, code_version, conditioner_keys, describe_data, machine, train_autoencoder,
                              train_diffusion, write_picture)
 from .runs import TrainingInterrupted
-from .scaling import for_sampling
+from .scaling import for_sampling, fsdp_traffic, largest_unit, ring_bytes, share_out
 from .superres import grade_enlarged, low_res_pairs
 from .tar_images import open_pictures, pack_images
 from .training import TrainConfig, choose_precision
+from .unet import UNETS
 from .viz import to_pil
 
 # %% ../nbs/93_cli.ipynb #2c6ecba7
@@ -159,6 +160,7 @@ class Train:
     reading_steps: int = 0  # steps in which the text encoder first learns to read captions of Scenes
     text_encoder: str | None = None  # read captions by a frozen CLIP text encoder: a name on the hub, or a folder
     dry_run: bool = False  # say what the run will need on this machine, and train nothing
+    processes: int = 1  # with --dry-run: how many devices like this one will share the work
 
     def plan(self) -> str:
         """Parameters, memory, time and data of the run, predicted; `first_stage` may be a name in AUTOENCODERS here."""
@@ -166,9 +168,18 @@ class Train:
         device, train = default_device(), self.train.replace(precision=choose_precision(self.train.precision))
         rate = matrix_rate(device, torch.float32 if train.precision == "fp32" else torch.bfloat16)
         costs = recipe_costs(DIFFUSIONS[self.recipe].replace(train=train), shape, self.data.size, rate, "cuda" if device.type == "cuda" else "cpu")
-        return (f"{self.recipe} on pictures of {self.data.size} pixels, first stage {self.first_stage}\n{costs.tell()}\n"
+        return (f"{self.recipe} on pictures of {self.data.size} pixels, first stage {self.first_stage}\n{costs.tell()}\n{self.plan_many(costs)}"
                 f"this machine multiplies {rate / 1e12:.3g} T operations a second in {train.precision}: {machine()}\n"
                 f"latents take {latent_bytes(shape, self.data.size) / 1024:,.0f} KiB a picture, {latent_bytes(shape, self.data.size) * 1e6 / 2**30:,.0f} GiB for a million")
+
+    def plan_many(self, costs) -> str:
+        """What each of several devices will need, in a line; nothing for one."""
+        if (n := self.processes) < 1:
+            raise ValueError(f"processes: got {n}, expected at least 1")
+        one = share_out(costs, n, self.train.sharding, largest_unit(UNETS[DIFFUSIONS[self.recipe].unet]))
+        sent = (fsdp_traffic if self.train.sharding == "full" else ring_bytes)(4 * costs.parameters, n)
+        return "" if n == 1 else (f"on {n} such devices, sharding {self.train.sharding}: {one.memory / 2**30:,.1f} GiB each; {one.step_seconds:.3g} s a step, "
+                                  f"and the time in which each sends {sent / 1e9:,.1f} GB\n")
 
     def run(self) -> int:
         """Train, then say where the model is."""

@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['Roofline', 'memory_rate', 'measure_roofline', 'for_sampling', 'mfu', 'ring_bytes', 'ring_all_reduce_seconds',
-           'data_parallel_seconds', 'fsdp_bytes', 'fsdp_traffic', 'original_learning_rate']
+           'data_parallel_seconds', 'fsdp_bytes', 'fsdp_traffic', 'original_learning_rate', 'largest_unit', 'share_out']
 
 # %% ../nbs/24_scale_up.ipynb #4e5b7e85
 """What limits a step and what more processes buy: the roofline, utilisation, and cost models of rings, replicas and shards.
 
 The models are arithmetic on numbers that were measured elsewhere: sizes in bytes, rates a second, times in seconds.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .bench import CLOCKS, product_rate, take_turns
 from .core import check_choice
+from .costs import STILL, Costs
 from .ldm import LatentDiffusion
+from .processes import sharding_units
 from .training import choose_precision
+from .unet import UNet, UNetConfig
 
 # %% ../nbs/24_scale_up.ipynb #bfbb4c63
 @dataclass(frozen=True)
@@ -144,3 +147,20 @@ def fsdp_traffic(size: float, n: int) -> float:
 def original_learning_rate(base: float, processes: int, batch: int, accumulation: int = 1) -> float:
     """The rate that the original trains with: its config's base rate times all rows of a step, `batch` being those of one process and part [CompVis main.py]."""
     return base * processes * batch * accumulation
+
+# %% ../nbs/24_scale_up.ipynb #7be2c3d8
+def largest_unit(config: UNetConfig) -> int:
+    """Parameters of the largest piece of a UNet that sharding gathers at a time (`processes.sharding_units`)."""
+    with torch.device("meta"):
+        return max(sum(p.numel() for p in unit.parameters()) for unit in sharding_units(UNet(config)))
+
+
+def share_out(costs: Costs, n: int, sharding: str = "none", unit: int = 1) -> Costs:
+    """A predicted training shared by n equal devices: memory of each, and seconds without what they send each other (`ring_bytes`, `fsdp_traffic`).
+
+    sharding: as in `TrainConfig`, "full" with the size of the largest `unit`. The batch stays that of all devices together.
+    """
+    _check_processes(n), check_choice("sharding", sharding, ("none", "full"))
+    still = STILL * costs.parameters if sharding == "none" else fsdp_bytes(costs.parameters, n, unit, STILL)
+    kept = (costs.memory - STILL * costs.parameters) / n
+    return replace(costs, memory=round(still + kept), step_seconds=costs.step_seconds / n)

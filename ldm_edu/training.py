@@ -508,7 +508,7 @@ def make_accelerator(config: TrainConfig, find_unused_parameters: bool = False) 
     if config.precision == "fp16" and default_device().type == "cpu":
         raise ValueError("precision: got 'fp16' on a CPU, expected 'fp32' or 'bf16'")
     AcceleratorState._reset_state()  # lets one notebook train in several precisions; the process group stays
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters, gradient_as_bucket_view=True)  # no second copy
     with patch_environment(accelerate_use_fsdp="false"):  # sharding is torch's own, the same on every device: see `processes`
         accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(config.precision, config.precision), kwargs_handlers=[ddp])
     kind = str(accelerator.distributed_type).rsplit(".", 1)[-1]

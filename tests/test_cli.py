@@ -107,6 +107,10 @@ def test_sample_writes_pictures_and_never_over_others(runs, capsys):
     assert cli.main([*args, "--overwrite", "--seed", "3"]) == 0 and (out / "sheet.png").read_bytes() != before
     assert cli.main([*args, "--overwrite", "--guidance-scale", "3", "--guidance-rescale", "0.7", "--guidance-interval", "100", "900"]) == 0
     assert json.loads((out / "samples.json").read_text())["guidance_interval"] == [100, 900]
+    exact = np.asarray(Image.open(out / "0000.png"), dtype=float)
+    assert cli.main([*args, "--overwrite", "--precision", "bf16", "--guidance-scale", "3", "--guidance-rescale", "0.7", "--guidance-interval", "100", "900"]) == 0
+    assert json.loads((out / "samples.json").read_text())["precision"] == "bf16" and 0 < np.abs(np.asarray(Image.open(out / "0000.png")) - exact).mean() < 10
+    assert cli.main([*args, "--overwrite", "--precision", "int8"]) == 2 and "precision" in capsys.readouterr().err
 
 
 def test_sample_draws_large_pictures_by_windows(runs, capsys):

@@ -152,4 +152,9 @@ def test_the_command_says_what_a_run_needs_and_trains_nothing(tmp_path, capsys):
     assert not out.exists()
     assert cli.main(["train", "--recipe", "celebahq256-ldm4", "--out", str(out)]) == 2
     assert "a configuration without weights" in capsys.readouterr().err and not out.exists()
-    assert cli.main(["train", "--dry-run", "--out", str(out)]) == 0 and "scenes-kl-f4" in capsys.readouterr().out
+    assert cli.main(["train", "--dry-run", "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert "scenes-kl-f4" in told and "such devices" not in told
+    assert cli.main(["train", "--dry-run", "--processes", "4", "--sharding", "full", "--out", str(out)]) == 0
+    assert "on 4 such devices, sharding full" in capsys.readouterr().out
+    assert cli.main(["train", "--dry-run", "--processes", "0", "--out", str(out)]) == 2 and "processes: got 0" in capsys.readouterr().err

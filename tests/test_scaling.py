@@ -8,19 +8,23 @@ import torch
 from ldm_edu import scaling
 from ldm_edu.bench import pass_flops
 from ldm_edu.contenders import WORKLOADS
+from ldm_edu.costs import STILL, Costs
 from ldm_edu.recipes import DIFFUSIONS
 from ldm_edu.scaling import (
     Roofline,
     data_parallel_seconds,
     fsdp_bytes,
     fsdp_traffic,
+    largest_unit,
     measure_roofline,
     memory_rate,
     mfu,
     original_learning_rate,
     ring_all_reduce_seconds,
     ring_bytes,
+    share_out,
 )
+from ldm_edu.unet import UNETS, UNet
 
 
 # ------------------------------------------------------------------------------------------------ roofline
@@ -155,6 +159,25 @@ def test_shards_of_the_published_counts():
     assert fsdp_bytes(7_500_000_000, 1, 1) / 1e9 == pytest.approx(120)
     assert (fsdp_bytes(7_500_000_000, 64, 1) - 8) / 1e9 == pytest.approx(1.9, abs=0.03)
     assert fsdp_bytes(100, 4, 10, still=20) == 20 * 25 + 8 * 10 and fsdp_bytes(100, 1, 100) == 1600
+
+
+def test_a_prediction_is_shared_out_between_what_lies_still_and_what_rows_keep():
+    one = Costs(parameters=10**9, flops=10**15, memory=STILL * 10**9 + 64 * 10**9, step_seconds=8.0, steps=5, batch_size=64)
+    assert share_out(one, 1) == one and share_out(one, 1, "full", 10**7) == one
+    plain, sharded = share_out(one, 8), share_out(one, 8, "full", 10**7)
+    assert plain.memory == STILL * 10**9 + 8 * 10**9 and sharded.memory == STILL * 10**9 / 8 + 8 * 10**7 + 8 * 10**9
+    assert plain.step_seconds == sharded.step_seconds == 1.0 and plain.batch_size == 64
+    with pytest.raises(ValueError, match="sharding.*half.*full"):
+        share_out(one, 8, "half")
+    with pytest.raises(ValueError, match="n: got 0"):
+        share_out(one, 0)
+
+
+def test_the_largest_unit_is_the_largest_of_all_that_is_gathered():
+    config = UNETS["text-tiny"]
+    net = UNet(config)
+    whole = [sum(p.numel() for p in item.parameters()) for stages in (net.down, net.mid, net.up) for item in stages]
+    assert largest_unit(config) == max(whole) and 0.05 < largest_unit(UNETS["sd-v1"]) / 859_520_964 < 0.15
 
 
 @pytest.mark.parametrize("name, base", [("celebahq256-ldm4", 2e-6), ("lsun-bedrooms256-ldm4", 2e-6), ("imagenet256-ldm8", 1e-6), ("ffhq256-ldm4", 2e-6)])
