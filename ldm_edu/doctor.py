@@ -179,7 +179,7 @@ def see_language(patient: Patient) -> Finding:
         "least in the declared language: the same numbers mean something else in another",
         (best != declared, "sick", f"it speaks {best}: set prediction={best!r}"))
 
-# %% ../nbs/22_clinic.ipynb #5cad4aad
+# %% ../nbs/22_clinic.ipynb #1a55fdea
 SHIFTS = (-0.2, -0.1, -0.05, 0.05, 0.1, 0.2)  # of all steps: the clock is read to about a fortieth of its round
 
 
@@ -194,12 +194,12 @@ def see_clock(patient: Patient) -> Finding:
         shift = min(told, key=lambda shift: thirds[shift][i].log().mean().item())
         cured = paired_factor(thirds[shift][i], thirds[0.0][i]).below and paired_factor(thirds[shift][i], linear[i]).log < 0
         best.append(shift if cured else 0.0)
-    steps = ", ".join(f"{round(shift * T):+d}" for shift in best)
-    wrong, alike = any(best), len(set(best)) == 1
+    wrong, steps = any(best), ", ".join(f"{round(shift * T):+d}" for shift in best)
     return judge(
-        "clock", f"surely better when told t {steps} (little, middling, much noise)" if wrong else "nowhere surely better when told another step", "told the truth: by the step it knows the noise level",
-        (wrong, "sick", f"its clock is off by {round(best[0] * T):+d} steps: look for an offset in t, or another T" if alike else
-         "off by different amounts at different levels: it was trained with another schedule, or with t in other units"))
+        "clock", f"surely better when told t {steps} (little, middling, much noise)" if wrong else "nowhere surely better when told another step",
+        "told the truth: by the step it knows the noise level",
+        (wrong, "sick", "its clock is off: an offset in t, another T, or another schedule than in training; compare the configs, draw its clock as "
+                        "in lesson 22"))
 
 
 def see_time(patient: Patient) -> Finding:
@@ -214,7 +214,7 @@ def see_time(patient: Patient) -> Finding:
                  (not factor.above, "sick", "it does not hear t: a time embedding without gradient or of constant input (t / T where t was "
                                             "expected), or t not passed on"))
 
-# %% ../nbs/22_clinic.ipynb #78ef3e3d
+# %% ../nbs/22_clinic.ipynb #48582ada
 def unheard(patient: Patient) -> str:
     """Why nothing can be said of this model's condition, or nothing."""
     if not len(patient.condition):
@@ -227,9 +227,11 @@ def see_condition(patient: Patient) -> Finding:
     name, expected = "condition", "surely above 1: the true condition says something about the picture that another's does not"
     if reason := unheard(patient):
         return Finding(name, "", expected, "not examined", reason)
-    factor = paired_factor(patient.cases.errors(patient.crowd[0], patient.model.config.prediction), patient.losses)
-    return judge(name, f"told another item's condition, its error is {factor} as large", expected,
-                 (factor.below, "sick", "better with a wrong condition than with the right one: labels or captions are not those of training (order "
+    compared = lambda answers: paired_factor(patient.cases.errors(answers, patient.model.config.prediction), patient.losses)
+    factor, nothing = compared(patient.crowd[0]), compared(patient.nothing)
+    return judge(name, f"told another item's condition, its error is {factor} as large, told nothing {nothing}", expected,
+                 (factor.below or nothing.below, "sick", "better with a wrong condition, or with none, than with the right one: labels or captions "
+                                                         "are not those of training (order "
                                         "of classes, counting from 1, another file)"),
                  (not factor.above, "sick", "it does not hear its condition: all conditions dropped in training, a conditioner without gradient, or "
                                             "conditions that say nothing"))
@@ -244,13 +246,14 @@ def see_null(patient: Patient) -> Finding:
     crowd, worth = cases.errors(sum(patient.crowd) / 3, kind), paired_factor(cases.errors(patient.crowd[0], kind), patient.losses)
     if worth.log < 2 * SURE * worth.error:
         return Finding(name, "", expected, "not examined", "conditions are worth too little, or cases are too few, to tell: more cases")
-    factor, guided = paired_factor(patient.errors("null"), crowd), patient.model.config.guidance_scale != 1
+    factor, guided = paired_factor(cases.errors(patient.nothing, kind), crowd), patient.model.config.guidance_scale != 1
     return judge(name, f"told nothing, its error is {factor} that of the average of its answers to three other items' conditions", expected,
-                 (not factor.below and guided, "sick", "it does not know what to say to nothing: train with condition_dropout=0.1, check the null's row, "
+                 (not factor.below and guided, "sick", "it does not know what to say to nothing: train with condition_dropout=0.1, check the null's "
+                                                       "row, "
                                                        "or draw with guidance_scale=1"),
                  (not factor.below, "watch", "the null was not trained; the model is not guided by default (guidance_scale 1), so leave it so"))
 
-# %% ../nbs/22_clinic.ipynb #63d27ffc
+# %% ../nbs/22_clinic.ipynb #78c6706d
 def see_memory(patient: Patient) -> Finding:
     """Does the network know unseen pictures as well as those of its training?"""
     expected = "less than half of the lead over the linear denoiser lost on unseen pictures: what is lost is memory, what stays is knowledge"
@@ -277,7 +280,8 @@ def see_home(patient: Patient) -> Finding:
     if not draws(patient):
         return Finding("home", "", expected, "not examined", "it draws nothing finite")
     own = make_cases(patient.samples, patient.model.schedule, 128, patient.seed)
-    reference = sum(fit.mse(own.acp.flatten()) for fit in patient.fits) / 2
+    level, spread = own.acp.flatten(), patient.samples.var()
+    reference = torch.minimum(sum(fit.mse(level) for fit in patient.fits) / 2, spread / (level * spread + 1 - level))
     own = replace(own, rows=patient.shown[own.rows])
     there = paired_factor(patient.errors(cases=own), reference)
     return judge("home", f"{here} of the linear denoiser's error on your data, {there} on its own drawings", expected,
@@ -299,14 +303,15 @@ def see_samples(patient: Patient) -> Finding:
     return judge(
         "samples", f"{wild} of 32 stranger, {tame} tamer; median distance {strange.median():.2f} (data {usual.median():.2f}), at the border of the range "
         f"{full(drawn):.1%} of pixels (data {full(data):.1%}), contrast {drawn.std():.2f} (data {data.std():.2f})", expected,
-        (one_step(patient) and wild + tame > 1, "watch", "its card says that it was trained at the noisiest steps alone, a regression: draw with steps=1"),
+        (one_step(patient) and wild + tame > 1, "watch", "its card says that it was trained at the noisiest steps alone, a regression: draw with "
+                                                         "steps=1"),
         (wilson(wild, 32)[0] > 0.5 or wilson(tame, 32)[0] > 0.5, "sick", "most drawings are unlike the data: look for the cause above"),
         (wilson(wild, 32)[0] > 0.01, "watch", "more drawings than items are strange: more steps, another guidance, or longer training"))
 
-# %% ../nbs/22_clinic.ipynb #9d9dd93e
+# %% ../nbs/22_clinic.ipynb #30bb3959
 EXAMINATIONS: dict[str, Callable[[Patient], Finding]] = {
     "pictures": see_pictures, "first stage": see_first_stage, "latents": see_latents, "schedule": see_schedule, "numbers": see_numbers,
-    "average": see_average, "language": see_language, "clock": see_clock, "memory": see_memory, "home": see_home, "time": see_time, "condition": see_condition,
+    "average": see_average, "language": see_language, "clock": see_clock, "time": see_time, "memory": see_memory, "home": see_home, "condition": see_condition,
     "null": see_null, "loss": see_loss, "samples": see_samples}
 
 # %% ../nbs/22_clinic.ipynb #6e89ae31

@@ -98,7 +98,7 @@ class LinearDenoiser:
         beside = (y.square().sum(1) - along.square().sum(1)).clamp(min=0)
         return ((along.square() / self.values).sum(1) + (beside / self.rest if self.rest else 0.0)) / len(self.mean)
 
-# %% ../nbs/98b_examinations.ipynb #93ef24c3
+# %% ../nbs/98b_examinations.ipynb #78a29fb1
 def fit_linear(x: Tensor) -> LinearDenoiser:
     """The linear denoiser of data (n, ...), its covariance shrunk towards a multiple of the identity [Chen et al. 2010, eq. 23].
 
@@ -113,7 +113,7 @@ def fit_linear(x: Tensor) -> LinearDenoiser:
     if n < 3 or not trace > 0:
         raise ValueError(f"x: got {n} rows with a variance of {trace.item():.3g}, expected at least three that differ")
     apart = square - trace**2 / d  # how far the eigenvalues are from all being equal
-    share = (((1 - 2 / d) * square + trace**2) / ((n - 2 / d) * apart)).clamp(max=1.0) if apart > 0 else torch.ones(())
+    share = (((1 - 2 / d) * square + trace**2) / ((n - 2 / d) * apart)).clamp(max=1.0) if apart > 0 else torch.ones_like(trace)
     even = (trace / d).item()
     return LinearDenoiser(mean, axes[: len(values)].T, (1 - share) * values + share * even, share.item() * even)
 
@@ -156,7 +156,7 @@ def make_cases(latents: Tensor, schedule: NoiseSchedule, m: int, seed: int = 0) 
     x0 = latents.cpu().double()[rows]
     return Cases(x0, eps, t, gather(schedule.alphas_cumprod.cpu(), t, x0), rows)
 
-# %% ../nbs/98b_examinations.ipynb #6db68167
+# %% ../nbs/98b_examinations.ipynb #90678c32
 def pick_rows(values: Mapping | Condition, rows: Tensor):
     """Some rows, in any order, of a batch or a condition."""
     if isinstance(values, Condition):
@@ -257,6 +257,11 @@ class Patient:
     def errors(self, how: str = "true", t: Tensor | None = None, cases: Cases | None = None) -> Tensor:
         """Errors (m,) of `ask` in the language of the model's config."""
         return (self.cases if cases is None else cases).errors(self.ask(how, t, cases), self.model.config.prediction)
+
+    @functools.cached_property
+    def nothing(self) -> Tensor:
+        """Raw answers where the network is told the null condition."""
+        return self.ask("null")
 
     @functools.cached_property
     def crowd(self) -> list[Tensor]:

