@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_log', 'see_steps', 'see_falling', 'see_rate', 'see_gradients', 'see_age', 'open_run', 'examine_run']
 
-# %% ../nbs/98c_checkup.ipynb #7a7e2ff5
+# %% ../nbs/98c_checkup.ipynb #bb65041c
 """Examine the folder of a diffusion model's training run: its log, the age of its average, then its newest weights (see `doctor`)."""
 import copy
 import json
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from .checkpoint import load_checkpoint, newest_checkpoint, state_hash
 from .core import read_json
 from .doctor import examine
-from .findings import Finding, Report, judge
+from .findings import Finding, Report, conclude
 from .ldm import LatentDiffusion, LDMConfig, build, load_first_stage, pretrained_names
 from .training import TrainConfig, ema_decay
 
-# %% ../nbs/98c_checkup.ipynb #fc0b8fd4
+# %% ../nbs/98c_checkup.ipynb #f94e0d36
 def read_log(folder: str | Path) -> list[dict]:
     """The lines of a run's log that hold a loss, by rising step; a line that was cut in half is left out.
 
@@ -43,7 +43,7 @@ def read_log(folder: str | Path) -> list[dict]:
 
 def see_steps(done: int, config: TrainConfig) -> Finding:
     """Has the run done what was asked of it?"""
-    return judge("steps", f"{done:,} of {config.steps:,}", "all of them: with a falling learning rate the last ones count most",
+    return conclude("steps", f"{done:,} of {config.steps:,}", "all of them: with a falling learning rate the last ones count most",
                  (done < config.steps, "watch", "it was interrupted, or still runs: the same command goes on from its checkpoint"))
 
 
@@ -59,12 +59,12 @@ def see_falling(rows: Sequence[Mapping]) -> Finding:
                        f"smaller")
     first, last = losses.log()[: len(losses) // 3], losses.log()[-(len(losses) // 3):]
     change, error = (last.mean() - first.mean()).item(), (first.var() / len(first) + last.var() / len(last)).sqrt().item()
-    return judge("training loss", f"{first.mean().exp():.3g} in the first third, {last.mean().exp():.3g} in the last (x {math.exp(change):.3g})",
+    return conclude("training loss", f"{first.mean().exp():.3g} in the first third, {last.mean().exp():.3g} in the last (x {math.exp(change):.3g})",
                  expected,
                  (change > 4 * error, "sick", "it rises: see `learning rate`"),
                  (change > -4 * error, "watch", "it does not surely fall: at its floor, or stuck; the levels of `loss` tell which"))
 
-# %% ../nbs/98c_checkup.ipynb #f07e1310
+# %% ../nbs/98c_checkup.ipynb #c609326e
 def see_rate(rows: Sequence[Mapping], weights: Mapping[str, Tensor]) -> Finding:
     """Is the largest learning rate small against the weights that it moves?"""
     expected = "above 0, and less than a tenth of the weights' size: Adam moves each by about the rate a step"
@@ -73,7 +73,7 @@ def see_rate(rows: Sequence[Mapping], weights: Mapping[str, Tensor]) -> Finding:
     matrices = [(x.numel(), x[0].numel()) for x in weights.values() if x.is_floating_point() and x.ndim > 1]  # numbers, and inputs of each output
     size = math.sqrt(sum(n / (3 * inputs) for n, inputs in matrices) / sum(n for n, _ in matrices))
     rate = max(row["lr"] for row in rows)
-    return judge("learning rate", f"at most {rate:.3g}, {rate / size:.2g} of the {size:.2g} that weights of these shapes begin with", expected,
+    return conclude("learning rate", f"at most {rate:.3g}, {rate / size:.2g} of the {size:.2g} that weights of these shapes begin with", expected,
                  (rate <= 0, "sick", "nothing was learnt: set lr"),
                  (rate > size, "sick", "one step writes the weights anew: divide lr by a hundred, and start again"),
                  (rate > 0.1 * size, "watch", "ten steps write the weights anew: fine with a warm-up and clipping, else smaller"))
@@ -86,7 +86,7 @@ def see_gradients(rows: Sequence[Mapping], config: TrainConfig) -> Finding:
     if not len(norms):
         return Finding("gradients", "", expected, "not examined", "the log has no gradient norms")
     highest, usual = norms.max().item(), norms.median().item()
-    return judge("gradients", f"median norm {usual:.3g}, largest {highest:.3g}, clipped at {config.grad_clip or 'nothing'}", expected,
+    return conclude("gradients", f"median norm {usual:.3g}, largest {highest:.3g}, clipped at {config.grad_clip or 'nothing'}", expected,
                  (not norms.isfinite().all().item(), "sick", "not finite: lower lr, or bf16 for fp16"),
                  (highest > 10 * usual and not config.grad_clip, "sick", "spikes without clipping: set grad_clip=1"),
                  (highest > 10 * usual, "watch", "spikes, which were clipped: look at the items of those steps"))
@@ -95,7 +95,7 @@ def see_gradients(rows: Sequence[Mapping], config: TrainConfig) -> Finding:
 def see_age(done: int, config: TrainConfig) -> Finding:
     """How much of the initial weights is left in the average?"""
     left = math.prod(ema_decay(n, config.ema_decay, config.ema_warmup) for n in range(1, done + 1))
-    return judge("average's age", f"{left:.1%} of the initial weights are left in it after {done:,} steps at decay "
+    return conclude("average's age", f"{left:.1%} of the initial weights are left in it after {done:,} steps at decay "
                                   f"{config.ema_decay:g}{', warmed up' if config.ema_warmup else ''}",
                  "below 1 %: the average should be one of trained weights", (left > 0.5, "sick", "more start than training: lower ema_decay, or "
                      "ema_warmup=True"),

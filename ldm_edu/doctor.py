@@ -8,7 +8,7 @@ __all__ = ['SHIFTS', 'EXAMINATIONS', 'loss_curve', 'excused', 'one_step', 'broke
            'unheard', 'see_condition', 'see_null', 'see_memory', 'draws', 'see_home', 'see_samples', 'take_items',
            'examine']
 
-# %% ../nbs/22_clinic.ipynb #c6d19ab3
+# %% ../nbs/22_clinic.ipynb #bf5cc8ab
 """Examine a trained latent diffusion model on a few hundred pictures: what is measured, what is expected and why, what to do.
 
 The instruments are in `examinations`; `checkup` reads the log of a training run as well.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .core import derive_seed
 from .examinations import SURE, Effect, Patient, by_level, make_cases, paired_factor
-from .findings import Finding, Report, judge
+from .findings import Finding, Report, conclude
 from .grader import wilson
 from .ldm import LatentDiffusion, evaluating
 from .objective import PREDICTIONS
@@ -40,7 +40,7 @@ def loss_curve(patient: Patient, levels: int = 8) -> dict[str, list[float]]:
     return {"t": means(patient.cases.t.double()), "network": means(acp * losses), "linear": means(acp * patient.linear),
             "alone": means(acp * patient.alone), "factor": [e.times for e in factors], "low": edge(-1.96), "high": edge(1.96)}
 
-# %% ../nbs/22_clinic.ipynb #06f6ae3d
+# %% ../nbs/22_clinic.ipynb #698d0af6
 def excused(patient: Patient, levels: int = 8) -> list[bool]:
     """At which levels a model may do worse than the linear denoiser, for a reason that its card or its config states."""
     bias = float(patient.model.card.get("step_bias", 1.0))
@@ -66,7 +66,7 @@ def see_loss(patient: Patient) -> Finding:
     curve, excuse = loss_curve(patient), excused(patient)
     worse = [paired_factor(mine, its).above for mine, its in zip(by_level(patient.losses), by_level(patient.linear))]
     where = ", ".join(f"{t:.0f}" for t, w in zip(curve["t"], worse) if w)
-    return judge(
+    return conclude(
         "loss", "x " + " ".join(f"{x:.2f}" for x in curve["factor"]) + " of the linear denoiser's, from little noise to much",
         "below 1 at every level: who knows mean and covariance alone does as well as 1",
         (broken(patient), "sick", "no better at any level than each number by itself: it has learnt nothing, or lost it; see the run's "
@@ -75,7 +75,7 @@ def see_loss(patient: Patient) -> Finding:
          "train longer or with more capacity"),
         (any(worse), "watch", f"worse than linear near t = {where}: these steps were hardly trained, or hold hardly any signal for an eps-model"))
 
-# %% ../nbs/22_clinic.ipynb #2792f40b
+# %% ../nbs/22_clinic.ipynb #105ac949
 def see_pictures(patient: Patient) -> Finding:
     """Are the pictures floats in [-1, 1], on both sides of 0?"""
     x, name, expected = patient.items["image"], "pictures", "floats in [-1, 1], on both sides of 0: so the first stage was trained, so `sample` answers"
@@ -84,7 +84,7 @@ def see_pictures(patient: Patient) -> Finding:
     low, high = (value.item() for value in x.aminmax())
     inside = -1.01 <= low and high <= 1.01  # False for NaN too
     grey = (x[:, 0] == x[:, 1]).all().item() and (x[:, 1] == x[:, 2]).all().item()
-    return judge(
+    return conclude(
         name, f"{low:.2f} to {high:.2f}, mean {x.mean():.2f}, standard deviation {x.std():.2f}" + ", grey" * grey, expected,
         (not inside, "sick", "bring them to [-1, 1]: x / 127.5 - 1 for bytes as floats; NaN comes from a broken file"),
         (low >= 0, "sick", f"no value below 0 in {x.numel():,}: these look like [0, 1] taken for [-1, 1]; use 2 x - 1, and train again what was "
@@ -105,18 +105,18 @@ def see_first_stage(patient: Patient, most: int = 128) -> Finding:
     squares = lambda y: (y.clamp(-1, 1) - x).square().flatten(1).mean(1).clamp(min=1e-12).cpu()
     mine, plain = squares(drawn), squares(F.interpolate(F.avg_pool2d(x, f), scale_factor=f))
     db = lambda mse: (10 * (4 / mse).log10()).mean()
-    return judge(
+    return conclude(
         "first stage", f"{db(mine):.1f} dB, mean colours {db(plain):.1f} dB; {beyond:.1%} of values beyond [-1, 1] before clipping", expected,
         (not paired_factor(mine, plain).below, "sick", "not the decoder of this encoder, or not its weights: load both from one file, and look at "
                                                        "reconstructions"))
 
-# %% ../nbs/22_clinic.ipynb #b39f5406
+# %% ../nbs/22_clinic.ipynb #0fbec65b
 def see_latents(patient: Patient) -> Finding:
     """Have the scaled latents unit variance, and does every channel say something?"""
     z, factor = patient.latents, patient.model.config.scale_factor
     std, means, spreads = z.std().item(), z.mean((0, 2, 3)), z.transpose(0, 1).flatten(1).std(1)
     told = lambda values: " ".join(f"{v:.2f}" for v in values.tolist())
-    return judge(
+    return conclude(
         "latents", f"standard deviation {std:.3g} (channels: {told(spreads)}; their means: {told(means)}) at scale_factor {factor:.4g}",
         "1 within a factor of 1.25: it is mixed with noise of standard deviation 1, and a factor of 2 makes each step's SNR four times what it says",
         (not 0.5 <= std <= 2, "sick", f"for unit variance on these pictures scale_factor would be {factor / std:.4g}: is it this first stage's, and "
@@ -131,7 +131,7 @@ def see_schedule(patient: Patient) -> Finding:
     acp = patient.model.schedule.alphas_cumprod[-1].item()
     snr, T = acp / (1 - acp), patient.model.schedule.T
     largest = max(fit.values.max().item() for fit in patient.fits)
-    return judge(
+    return conclude(
         "schedule", f"{patient.model.config.schedule.name}, T = {T}, last step's SNR {snr:.2g}, along the data's largest axis {snr * largest:.2g}",
         "below 1 even along the largest axis: sampling starts from noise alone, so the last step must hold more noise than picture everywhere",
         (snr * patient.fits[0].variance > 1, "sick", "the last step is more picture than noise: raise beta_end or T"),
@@ -139,13 +139,13 @@ def see_schedule(patient: Patient) -> Finding:
          "or leave the last step some"),
         (snr * largest > 1, "watch", "the last step still shows the overall brightness: zero_terminal_snr=True with a v-model"))
 
-# %% ../nbs/22_clinic.ipynb #b8852618
+# %% ../nbs/22_clinic.ipynb #a3bccb13
 def see_numbers(patient: Patient) -> Finding:
     """Are all weights and answers finite?"""
     bad = [name for name, x in patient.model.state_dict().items() if x.is_floating_point() and not x.isfinite().all()]
     lost = 0.0 if bad else 1 - patient.answers.isfinite().double().mean().item()
     names = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-    return judge(
+    return conclude(
         "numbers", str(patient.dtype).removeprefix("torch.") + (f", not finite: {names}" if bad else f", {lost:.2%} of answers not finite"),
         "all finite: one that is not makes every picture so",
         (bool(bad), "sick", "go back to the last checkpoint before them; lower the learning rate, or clip gradients"),
@@ -159,13 +159,13 @@ def see_average(patient: Patient) -> Finding:
         return Finding("average", "", expected, "not examined", "there are no raw weights to compare with: pass raw=, or examine the run's folder")
     raw, mine = patient.raw.losses, patient.losses
     factor, short = paired_factor(mine, raw), Effect(*mean_and_error((mine / raw).log() - (patient.linear / raw).log() / 2))
-    return judge(
+    return conclude(
         "average", f"error {factor} of the raw weights'", expected,
         (factor.above and short.above, "sick", "the average is too young: lower ema_decay, warm it up (ema_warmup=True), or train longer; until "
                                                "then draw with the raw weights"),
         (factor.above, "watch", "the average lags behind the raw weights: fine in mid-training"))
 
-# %% ../nbs/22_clinic.ipynb #69f343e8
+# %% ../nbs/22_clinic.ipynb #11fada1e
 def see_language(patient: Patient) -> Finding:
     """Is what the network says what its config declares: eps, x0 or v?"""
     declared = patient.model.config.prediction
@@ -173,13 +173,13 @@ def see_language(patient: Patient) -> Finding:
     fits = {kind: paired_factor(errors[kind], patient.linear) for kind in PREDICTIONS}
     better = [kind for kind in PREDICTIONS if paired_factor(errors[kind], errors[declared]).below and fits[kind].below]
     best = min(better, key=lambda kind: fits[kind].log, default=declared)
-    return judge(
+    return conclude(
         "language", f"declared {declared}; error as " + ", ".join(f"{kind} x {e.times:.3g}" for kind, e in fits.items())
         + " of the linear denoiser's",
         "least in the declared language: the same numbers mean something else in another",
         (best != declared, "sick", f"it speaks {best}: set prediction={best!r}"))
 
-# %% ../nbs/22_clinic.ipynb #1a55fdea
+# %% ../nbs/22_clinic.ipynb #9205d7c5
 SHIFTS = (-0.2, -0.1, -0.05, 0.05, 0.1, 0.2)  # of all steps: the clock is read to about a fortieth of its round
 
 
@@ -195,9 +195,10 @@ def see_clock(patient: Patient) -> Finding:
         cured = paired_factor(thirds[shift][i], thirds[0.0][i]).below and paired_factor(thirds[shift][i], linear[i]).log < 0
         best.append(shift if cured else 0.0)
     wrong, steps = any(best), ", ".join(f"{round(shift * T):+d}" for shift in best)
-    return judge(
+    return conclude(
         "clock", f"surely better when told t {steps} (little, middling, much noise)" if wrong else "nowhere surely better when told another step",
         "told the truth: by the step it knows the noise level",
+        (wrong and one_step(patient), "watch", "it knows one step, as its card says: a regression"),
         (wrong, "sick", "its clock is off: an offset in t, another T, or another schedule than in training; compare the configs, draw its clock as "
                         "in lesson 22"))
 
@@ -209,12 +210,12 @@ def see_time(patient: Patient) -> Finding:
         return Finding("time", "", expected, "not examined", "it does no better than each number by itself: nothing to lose")
     order = torch.randperm(len(patient.cases), generator=torch.Generator().manual_seed(derive_seed("time", patient.seed)))
     factor = paired_factor(patient.errors(t=patient.cases.t[order]), patient.losses)
-    return judge("time", f"told another case's step, its error is {factor} as large", expected,
+    return conclude("time", f"told another case's step, its error is {factor} as large", expected,
                  (not factor.above and one_step(patient), "watch", "it knows one step, as its card says: a regression; draw with steps=1"),
                  (not factor.above, "sick", "it does not hear t: a time embedding without gradient or of constant input (t / T where t was "
                                             "expected), or t not passed on"))
 
-# %% ../nbs/22_clinic.ipynb #48582ada
+# %% ../nbs/22_clinic.ipynb #ffb4cc18
 def unheard(patient: Patient) -> str:
     """Why nothing can be said of this model's condition, or nothing."""
     if not len(patient.condition):
@@ -229,7 +230,7 @@ def see_condition(patient: Patient) -> Finding:
         return Finding(name, "", expected, "not examined", reason)
     compared = lambda answers: paired_factor(patient.cases.errors(answers, patient.model.config.prediction), patient.losses)
     factor, nothing = compared(patient.crowd[0]), compared(patient.nothing)
-    return judge(name, f"told another item's condition, its error is {factor} as large, told nothing {nothing}", expected,
+    return conclude(name, f"told another item's condition, its error is {factor} as large, told nothing {nothing}", expected,
                  (factor.below or nothing.below, "sick", "better with a wrong condition, or with none, than with the right one: labels or captions "
                                                          "are not those of training (order "
                                         "of classes, counting from 1, another file)"),
@@ -247,13 +248,13 @@ def see_null(patient: Patient) -> Finding:
     if worth.log < 2 * SURE * worth.error:
         return Finding(name, "", expected, "not examined", "conditions are worth too little, or cases are too few, to tell: more cases")
     factor, guided = paired_factor(cases.errors(patient.nothing, kind), crowd), patient.model.config.guidance_scale != 1
-    return judge(name, f"told nothing, its error is {factor} that of the average of its answers to three other items' conditions", expected,
+    return conclude(name, f"told nothing, its error is {factor} that of the average of its answers to three other items' conditions", expected,
                  (not factor.below and guided, "sick", "it does not know what to say to nothing: train with condition_dropout=0.1, check the null's "
                                                        "row, "
                                                        "or draw with guidance_scale=1"),
                  (not factor.below, "watch", "the null was not trained; the model is not guided by default (guidance_scale 1), so leave it so"))
 
-# %% ../nbs/22_clinic.ipynb #78c6706d
+# %% ../nbs/22_clinic.ipynb #5a98d467
 def see_memory(patient: Patient) -> Finding:
     """Does the network know unseen pictures as well as those of its training?"""
     expected = "less than half of the lead over the linear denoiser lost on unseen pictures: what is lost is memory, what stays is knowledge"
@@ -261,12 +262,12 @@ def see_memory(patient: Patient) -> Finding:
         return Finding("memory", "", expected, "not examined", "pictures of its training were not given: pass training=")
     seen, unseen = patient.training.losses, patient.losses
     gap, short = paired_factor(unseen, seen), Effect(*mean_and_error((unseen / seen).log() - (patient.linear / seen).log() / 2))
-    return judge("memory", f"error on unseen pictures {gap} of that on pictures of the training", expected,
+    return conclude("memory", f"error on unseen pictures {gap} of that on pictures of the training", expected,
                  (gap.above and short.above, "sick", "it has learnt its pictures by heart: more pictures, fewer steps, a smaller network, or "
                                                      "augmentation"),
                  (gap.above, "watch", "it knows its training pictures better than others: keep some aside, and stop when their loss rises"))
 
-
+# %% ../nbs/22_clinic.ipynb #c293de83
 def draws(patient: Patient) -> bool:
     """Whether the model can be sampled from, and what it draws is finite."""
     unable = patient.model.schedule.alphas_cumprod[-1] == 0 and patient.model.config.prediction == "eps"
@@ -284,7 +285,7 @@ def see_home(patient: Patient) -> Finding:
     reference = torch.minimum(sum(fit.mse(level) for fit in patient.fits) / 2, spread / (level * spread + 1 - level))
     own = replace(own, rows=patient.shown[own.rows])
     there = paired_factor(patient.errors(cases=own), reference)
-    return judge("home", f"{here} of the linear denoiser's error on your data, {there} on its own drawings", expected,
+    return conclude("home", f"{here} of the linear denoiser's error on your data, {there} on its own drawings", expected,
                  (here.above and there.below, "sick", "it denoises its own drawings well and yours badly: it was trained on other latents (another "
                                                       "first stage, another data set)"))
 
@@ -300,7 +301,7 @@ def see_samples(patient: Patient) -> Finding:
     tame, wild = int((strange < usual.quantile(0.01)).sum()), int((strange > usual.quantile(0.99)).sum())
     data, drawn = patient.items["image"].float(), patient.pictures
     full = lambda x: (x.abs() > 0.99).double().mean()
-    return judge(
+    return conclude(
         "samples", f"{wild} of 32 stranger, {tame} tamer; median distance {strange.median():.2f} (data {usual.median():.2f}), at the border of the range "
         f"{full(drawn):.1%} of pixels (data {full(data):.1%}), contrast {drawn.std():.2f} (data {data.std():.2f})", expected,
         (one_step(patient) and wild + tame > 1, "watch", "its card says that it was trained at the noisiest steps alone, a regression: draw with "

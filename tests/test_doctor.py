@@ -12,7 +12,7 @@ from ldm_edu.autoencoder import AutoencoderConfig, DiagonalGaussian
 from ldm_edu.data import Scenes
 from ldm_edu.doctor import EXAMINATIONS, examine, take_items
 from ldm_edu.examinations import SURE, Effect, LinearDenoiser, Patient, fit_linear, make_cases, paired_factor, pick_rows
-from ldm_edu.findings import Finding, Report, judge
+from ldm_edu.findings import Finding, Report, conclude
 from ldm_edu.ldm import LatentDiffusion, LDMConfig, build, load
 from ldm_edu.oracle import GaussianMixture
 from ldm_edu.recipes import train_diffusion
@@ -316,7 +316,7 @@ def test_items_are_spread_over_the_data_set_and_rows_may_be_picked_in_any_order(
 
 
 def test_a_further_examination_is_one_more_row(model, items):
-    report = examine(model, items, cases=64, more={"mood": lambda patient: judge("mood", "sunny", "sunny")})
+    report = examine(model, items, cases=64, more={"mood": lambda patient: conclude("mood", "sunny", "sunny")})
     assert report.findings[-1].name == "mood" and "mood" in str(report)
     with pytest.raises(ValueError, match="moood.*did you mean 'mood'"):
         report["moood"]
