@@ -32,7 +32,7 @@ from .runs import fetch_batch, kept_globals
 
 # %% ../nbs/22_clinic.ipynb #08603679
 def loss_curve(patient: Patient, levels: int = 8) -> dict[str, list[float]]:
-    """Errors of eps by noise level of the network, the best linear denoiser and each number by itself, and the factor network / linear with its 95 % interval."""
+    """Errors of eps by level of the network, the best linear denoiser and each number by itself; the factor network / linear and its 95 % interval."""
     acp, losses = patient.cases.acp.flatten(), patient.losses
     means = lambda values: [part.mean().item() for part in by_level(values, levels)]
     factors = [paired_factor(mine, its) for mine, its in zip(by_level(losses, levels), by_level(patient.linear, levels))]
@@ -78,7 +78,7 @@ def see_loss(patient: Patient) -> Finding:
 # %% ../nbs/22_clinic.ipynb #105ac949
 def see_pictures(patient: Patient) -> Finding:
     """Are the pictures floats in [-1, 1], on both sides of 0?"""
-    x, name, expected = patient.items["image"], "pictures", "floats in [-1, 1], on both sides of 0: so the first stage was trained, so `sample` answers"
+    x, name, expected = patient.items["image"], "pictures", "floats in [-1, 1], on both sides of 0: so the first stage was trained"
     if not x.is_floating_point():
         return Finding(name, f"{x.dtype}", expected, "sick", "divide: x / 127.5 - 1", True)
     low, high = (value.item() for value in x.aminmax())
@@ -302,8 +302,8 @@ def see_samples(patient: Patient) -> Finding:
     data, drawn = patient.items["image"].float(), patient.pictures
     full = lambda x: (x.abs() > 0.99).double().mean()
     return conclude(
-        "samples", f"{wild} of 32 stranger, {tame} tamer; median distance {strange.median():.2f} (data {usual.median():.2f}), at the border of the range "
-        f"{full(drawn):.1%} of pixels (data {full(data):.1%}), contrast {drawn.std():.2f} (data {data.std():.2f})", expected,
+        "samples", f"{wild} of 32 stranger, {tame} tamer; median distance {strange.median():.2f} (data {usual.median():.2f}), at the border of "
+        f"the range {full(drawn):.1%} of pixels (data {full(data):.1%}), contrast {drawn.std():.2f} (data {data.std():.2f})", expected,
         (one_step(patient) and wild + tame > 1, "watch", "its card says that it was trained at the noisiest steps alone, a regression: draw with "
                                                          "steps=1"),
         (wilson(wild, 32)[0] > 0.5 or wilson(tame, 32)[0] > 0.5, "sick", "most drawings are unlike the data: look for the cause above"),
@@ -312,8 +312,8 @@ def see_samples(patient: Patient) -> Finding:
 # %% ../nbs/22_clinic.ipynb #30bb3959
 EXAMINATIONS: dict[str, Callable[[Patient], Finding]] = {
     "pictures": see_pictures, "first stage": see_first_stage, "latents": see_latents, "schedule": see_schedule, "numbers": see_numbers,
-    "average": see_average, "language": see_language, "clock": see_clock, "time": see_time, "memory": see_memory, "home": see_home, "condition": see_condition,
-    "null": see_null, "loss": see_loss, "samples": see_samples}
+    "average": see_average, "language": see_language, "clock": see_clock, "time": see_time, "memory": see_memory, "home": see_home,
+    "condition": see_condition, "null": see_null, "loss": see_loss, "samples": see_samples}
 
 # %% ../nbs/22_clinic.ipynb #6e89ae31
 def take_items(source, n: int, seed: int = 0) -> Mapping:
