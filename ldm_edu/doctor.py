@@ -306,7 +306,8 @@ def see_samples(patient: Patient) -> Finding:
         f"the range {full(drawn):.1%} of pixels (data {full(data):.1%}), contrast {drawn.std():.2f} (data {data.std():.2f})", expected,
         (one_step(patient) and wild + tame > 1, "watch", "its card says that it was trained at the noisiest steps alone, a regression: draw with "
                                                          "steps=1"),
-        (wilson(wild, 32)[0] > 0.5 or wilson(tame, 32)[0] > 0.5, "sick", "most drawings are unlike the data: look for the cause above"),
+        (wilson(wild, 32)[0] > 0.5, "sick", "most drawings are unlike the data: look for the cause above"),
+        (wilson(tame, 32)[0] > 0.5, "watch", "most drawings are smoother than the data: more steps than these ten, else it draws means"),
         (wilson(wild, 32)[0] > 0.01, "watch", "more drawings than items are strange: more steps, another guidance, or longer training"))
 
 # %% ../nbs/22_clinic.ipynb #30bb3959
