@@ -23,6 +23,7 @@ _WHERE = {
     "edit_by_inversion": "editing", "slerp": "editing", "blend_conditions": "editing", "prompt_denoiser": "editing",
     "load_compvis": "weights", "save_compvis": "weights", "load_diffusers": "weights", "save_diffusers": "weights",
     "convert_model": "convert", "inspect_model": "inspection",
+    "examine": "doctor", "examine_run": "checkup",
     "profile": "core", "use_profile": "core",
 }
 __all__ = ["__version__", *_WHERE]

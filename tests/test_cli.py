@@ -178,7 +178,7 @@ def test_unknown_options_exit_with_2():
 
 
 def test_help_documents_every_option():
-    for command in ("demo", "train-autoencoder", "train", "sample", "evaluate"):
+    for command in ("demo", "train-autoencoder", "train", "sample", "evaluate", "doctor"):
         done = subprocess.run([sys.executable, "-c", "from ldm_edu.cli import main; main()", command, "--help"], capture_output=True, text=True,
                               env={**os.environ, "COLUMNS": "100"})
         assert done.returncode == 0 and "--seed" in done.stdout + "--seed"

@@ -15,11 +15,11 @@ LIBRARY = ROOT / "ldm_edu"
 # Nothing imports upward: a module may import modules of its own level or below, without cycles.
 LEVELS = {
     0: "core drawing captions data schedule folders viz checkpoint processes runs weight_files shards tar_images latent_shards",
-    1: "objective attention samplers solvers guidance grader oracle features metrics clip_text",
+    1: "objective attention samplers solvers guidance grader oracle features metrics clip_text findings",
     2: "unet autoencoder quantize tiling losses perceptual conditioning layout superres inpainting windows frozen_text placement evaluation probing",
     3: "ldm training reading editing asking keymaps foreign_configs",
-    4: "recipes costs weights contenders",
-    5: "demo bench inspection convert scaling",
+    4: "recipes costs weights contenders examinations doctor",
+    5: "demo bench inspection convert scaling checkup",
     6: "cli widgets",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
