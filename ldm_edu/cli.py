@@ -36,7 +36,7 @@ from .demo import Demo
 from .doctor import examine
 from .evaluation import Evaluator, evaluate_samples, evaluation_table
 from .features import FeatureTraining, load_features, measure_features, save_features, scenes_extractor, train_features
-from .folders import ImageFolder, Part, from_torchvision, train_validation_split
+from .folders import ImageFolder, Part, WithField, from_torchvision, train_validation_split
 from .frozen_text import FrozenTextConditioner, FrozenTextConfig
 from .grader import grade
 from .inpainting import grade_filled, with_masks
@@ -46,7 +46,7 @@ from .metrics import bootstrap, lpips, psnr, ssim
 from .perceptual import PERCEPTUAL_CONFIG, PerceptualTraining, load_perceptual, measure_perceptual, save_perceptual, train_perceptual
 from .placement import grade_classes, grade_fills, grade_layouts, grade_maps
 from .processes import is_first, launched, leave_together
-from .recipes import (DIFFUSIONS, FIRST_STAGES, PIXELS_ONLY, PUBLISHED_STAGES, code_version, conditioner_keys, describe_data, machine, train_autoencoder,
+from .recipes import (DIFFUSIONS, FIRST_STAGES, PIXELS_ONLY, PUBLISHED_STAGES, code_version, conditioner_keys, data_names, describe_data, machine, train_autoencoder,
                              train_diffusion, write_picture)
 from .runs import TrainingInterrupted
 from .scaling import for_sampling, fsdp_traffic, largest_unit, ring_bytes, share_out
@@ -590,7 +590,21 @@ class Doctor:
             seen = options.with_fields(options.scenes("train", self.items, keys), keys) if "Scenes" in trained else None
             return options.unseen(self.items, keys), seen
         seen, unseen = options.open(keys=keys)
-        return (unseen, seen) if describe_data(seen) == trained else (seen, None)
+        data, training = (unseen, seen) if describe_data(seen) == trained else (seen, None)
+        if training is not None and len(data) < 32:
+            raise ValueError(f"data: got {len(seen) + len(unseen)} pictures in {self.data}, of which {len(unseen)} were kept aside from the training, expected at least 32 there: "
+                             "give other pictures by --data")
+        names = config.conditioner.get("config", config.conditioner).get("class_names")
+        return self.in_order(data, names), training and self.in_order(training, names)
+
+    def in_order(self, data, names):
+        """A data set whose labels count as the model's do. Raises ValueError for other classes."""
+        found = data_names(data, "class_names") if names else ()
+        if not names or list(found) == list(names):
+            return data
+        if sorted(found) != sorted(names):
+            raise ValueError(f"data: got the classes {', '.join(found)}, expected those of the model: {', '.join(names)}")
+        return WithField(data, "label", lambda item, index: list(names).index(found[int(item["label"])]), "in the model's order")
 
 # %% ../nbs/93_cli.ipynb #8b3e1bc1
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .core import derive_seed
-from .examinations import SURE, Effect, Patient, by_level, make_cases, paired_factor
+from .examinations import SURE, Effect, LinearDenoiser, Patient, by_level, make_cases, paired_factor
 from .findings import Finding, Report, conclude
 from .grader import wilson
 from .ldm import LatentDiffusion, evaluating
@@ -32,7 +32,7 @@ from .runs import fetch_batch, kept_globals
 
 # %% ../nbs/22_clinic.ipynb #08603679
 def loss_curve(patient: Patient, levels: int = 8) -> dict[str, list[float]]:
-    """Errors of eps by level of the network, the best linear denoiser and each number by itself; the factor network / linear and its 95 % interval."""
+    """Errors of eps by level of the network, the linear denoiser and each number by itself; the factor network / linear and its 95 % interval."""
     acp, losses = patient.cases.acp.flatten(), patient.losses
     means = lambda values: [part.mean().item() for part in by_level(values, levels)]
     factors = [paired_factor(mine, its) for mine, its in zip(by_level(losses, levels), by_level(patient.linear, levels))]
@@ -107,8 +107,8 @@ def see_first_stage(patient: Patient, most: int = 128) -> Finding:
     db = lambda mse: (10 * (4 / mse).log10()).mean()
     return conclude(
         "first stage", f"{db(mine):.1f} dB, mean colours {db(plain):.1f} dB; {beyond:.1%} of values beyond [-1, 1] before clipping", expected,
-        (not paired_factor(mine, plain).below, "sick", "not the decoder of this encoder, or not its weights: load both from one file, and look at "
-                                                       "reconstructions"))
+        (not paired_factor(mine, plain).below, "sick", "not the decoder of this encoder, not its weights, or one that never saw such pictures: look at "
+                                                       "reconstructions, load both from one file, or train one on these"))
 
 # %% ../nbs/22_clinic.ipynb #0fbec65b
 def see_latents(patient: Patient) -> Finding:
@@ -185,6 +185,9 @@ SHIFTS = (-0.2, -0.1, -0.05, 0.05, 0.1, 0.2)  # of all steps: the clock is read 
 
 def see_clock(patient: Patient) -> Finding:
     """Is the network least wrong when it is told the true step?"""
+    expected = "told the truth: by the step it knows the noise level"
+    if not paired_factor(patient.confused, patient.losses).above:
+        return Finding("clock", "", expected, "not examined", "it does not surely hear t")
     k, T = max(1, len(patient.cases) // 96), patient.model.schedule.T
     cases = patient.cases.every(k)
     told = {0.0: patient.losses[::k]} | {shift: patient.errors(t=(cases.t + round(shift * T)).clamp(0, T - 1), cases=cases) for shift in SHIFTS}
@@ -197,7 +200,7 @@ def see_clock(patient: Patient) -> Finding:
     wrong, steps = any(best), ", ".join(f"{round(shift * T):+d}" for shift in best)
     return conclude(
         "clock", f"surely better when told t {steps} (little, middling, much noise)" if wrong else "nowhere surely better when told another step",
-        "told the truth: by the step it knows the noise level",
+        expected,
         (wrong and one_step(patient), "watch", "it knows one step, as its card says: a regression"),
         (wrong, "sick", "its clock is off: an offset in t, another T, or another schedule than in training; compare the configs, draw its clock as "
                         "in lesson 22"))
@@ -208,8 +211,7 @@ def see_time(patient: Patient) -> Finding:
     expected = "surely above 1: what is right at one noise level is wrong at another"
     if broken(patient):
         return Finding("time", "", expected, "not examined", "it does no better than each number by itself: nothing to lose")
-    order = torch.randperm(len(patient.cases), generator=torch.Generator().manual_seed(derive_seed("time", patient.seed)))
-    factor = paired_factor(patient.errors(t=patient.cases.t[order]), patient.losses)
+    factor = paired_factor(patient.confused, patient.losses)
     return conclude("time", f"told another case's step, its error is {factor} as large", expected,
                  (not factor.above and one_step(patient), "watch", "it knows one step, as its card says: a regression; draw with steps=1"),
                  (not factor.above, "sick", "it does not hear t: a time embedding without gradient or of constant input (t / T where t was "
@@ -232,8 +234,7 @@ def see_condition(patient: Patient) -> Finding:
     factor, nothing = compared(patient.crowd[0]), compared(patient.nothing)
     return conclude(name, f"told another item's condition, its error is {factor} as large, told nothing {nothing}", expected,
                  (factor.below or nothing.below, "sick", "better with a wrong condition, or with none, than with the right one: labels or captions "
-                                                         "are not those of training (order "
-                                        "of classes, counting from 1, another file)"),
+                                                         "are not those of training (order of classes, counting from 1, another file)"),
                  (not factor.above, "sick", "it does not hear its condition: all conditions dropped in training, a conditioner without gradient, or "
                                             "conditions that say nothing"))
 
@@ -249,8 +250,7 @@ def see_null(patient: Patient) -> Finding:
         return Finding(name, "", expected, "not examined", "conditions are worth too little, or cases are too few, to tell: more cases")
     factor, guided = paired_factor(cases.errors(patient.nothing, kind), crowd), patient.model.config.guidance_scale != 1
     return conclude(name, f"told nothing, its error is {factor} that of the average of its answers to three other items' conditions", expected,
-                 (not factor.below and guided, "sick", "it does not know what to say to nothing: train with condition_dropout=0.1, check the null's "
-                                                       "row, "
+                 (not factor.below and guided, "sick", "it does not know what to say to nothing: train with condition_dropout=0.1, check the null's row, "
                                                        "or draw with guidance_scale=1"),
                  (not factor.below, "watch", "the null was not trained; the model is not guided by default (guidance_scale 1), so leave it so"))
 
@@ -281,8 +281,10 @@ def see_home(patient: Patient) -> Finding:
     if not draws(patient):
         return Finding("home", "", expected, "not examined", "it draws nothing finite")
     own = make_cases(patient.samples, patient.model.schedule, 128, patient.seed)
-    level, spread = own.acp.flatten(), patient.samples.var()
-    reference = torch.minimum(sum(fit.mse(level) for fit in patient.fits) / 2, spread / (level * spread + 1 - level))
+    flat, level = patient.samples.flatten(1), own.acp.flatten()
+    plain = LinearDenoiser(flat.mean(0), flat.new_zeros(flat.shape[1], 0), flat.new_zeros(0), flat.var().item())
+    linear, even, odd = (own.errors(fit.v(own.x_t, level)) for fit in (plain, *patient.fits))
+    reference = torch.minimum(linear, (even + odd) / 2)
     own = replace(own, rows=patient.shown[own.rows])
     there = paired_factor(patient.errors(cases=own), reference)
     return conclude("home", f"{here} of the linear denoiser's error on your data, {there} on its own drawings", expected,
@@ -313,7 +315,7 @@ def see_samples(patient: Patient) -> Finding:
 # %% ../nbs/22_clinic.ipynb #30bb3959
 EXAMINATIONS: dict[str, Callable[[Patient], Finding]] = {
     "pictures": see_pictures, "first stage": see_first_stage, "latents": see_latents, "schedule": see_schedule, "numbers": see_numbers,
-    "average": see_average, "language": see_language, "clock": see_clock, "time": see_time, "memory": see_memory, "home": see_home,
+    "average": see_average, "language": see_language, "time": see_time, "clock": see_clock, "memory": see_memory, "home": see_home,
     "condition": see_condition, "null": see_null, "loss": see_loss, "samples": see_samples}
 
 # %% ../nbs/22_clinic.ipynb #6e89ae31

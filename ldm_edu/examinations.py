@@ -91,6 +91,10 @@ class LinearDenoiser:
         """Mean variance of a number."""
         return (self.values.sum().item() + (len(self.mean) - len(self.values)) * self.rest) / len(self.mean)
 
+    def by_itself(self) -> "LinearDenoiser":
+        """The same without its covariance: each number is taken by itself, with the mean variance."""
+        return LinearDenoiser(self.mean, self.axes[:, :0], self.values[:0], self.variance)
+
     def strangeness(self, x: Tensor) -> Tensor:
         """Squared distance from the mean, each direction in units of its own variance, averaged over directions: (n,), about 1 for the data."""
         y = x.double().flatten(1) - self.mean
@@ -180,7 +184,7 @@ class Patient:
             raise ValueError(f"got {self.n} items and {cases} cases, expected at least {least} and 64: of fewer no interval says anything")
         if missing := [key for key in self.reader.keys if key not in items]:
             raise ValueError(f"data: got items with {', '.join(items)}, expected also {', '.join(missing)}, which this model's "
-                             f"{type(self.reader).__name__} reads")
+                             f"{type(self.reader).__name__} reads (captions of a folder: by --captions; labels: one folder for each class)")
 
     def batches(self, n: int) -> list[tuple[int, int]]:
         """Where batches of n rows begin and end."""
@@ -203,18 +207,21 @@ class Patient:
         """The linear denoisers of both halves."""
         return fit_linear(self.latents[0::2]), fit_linear(self.latents[1::2])
 
-    @functools.cached_property
-    def linear(self) -> Tensor:
-        """Errors (m,) of the linear denoiser that was fitted to the other half of the items."""
+    def other_half(self, fits: Sequence[LinearDenoiser]) -> Tensor:
+        """Errors (m,) in each case of the denoiser that was fitted to the other half of the items."""
         seen, levels = self.cases.rows % 2 == 0, self.cases.acp.flatten()
-        answers = [fit.v(self.cases.x_t, levels) for fit in self.fits]
+        answers = [fit.v(self.cases.x_t, levels) for fit in fits]
         return self.cases.errors(torch.where(seen.reshape(-1, *[1] * (answers[0].ndim - 1)), answers[1], answers[0]))
 
     @functools.cached_property
+    def linear(self) -> Tensor:
+        """Errors (m,) of the linear denoiser."""
+        return self.other_half(self.fits)
+
+    @functools.cached_property
     def alone(self) -> Tensor:
-        """Expected errors (m,) of who knows mean and variance of a number, and takes each number by itself."""
-        acp, variance = self.cases.acp.flatten(), sum(fit.variance for fit in self.fits) / 2
-        return variance / (acp * variance + 1 - acp)
+        """Errors (m,) of who knows mean and variance of a number, and takes each number by itself."""
+        return self.other_half([fit.by_itself() for fit in self.fits])
 
     @functools.cached_property
     @torch.no_grad()
@@ -257,6 +264,12 @@ class Patient:
     def errors(self, how: str = "true", t: Tensor | None = None, cases: Cases | None = None) -> Tensor:
         """Errors (m,) of `ask` in the language of the model's config."""
         return (self.cases if cases is None else cases).errors(self.ask(how, t, cases), self.model.config.prediction)
+
+    @functools.cached_property
+    def confused(self) -> Tensor:
+        """Errors (m,) where the network is told another case's step."""
+        order = torch.randperm(len(self.cases), generator=torch.Generator().manual_seed(derive_seed("time", self.seed)))
+        return self.errors(t=self.cases.t[order])
 
     @functools.cached_property
     def nothing(self) -> Tensor:

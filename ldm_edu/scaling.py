@@ -155,12 +155,14 @@ def largest_unit(config: UNetConfig) -> int:
         return max(sum(p.numel() for p in unit.parameters()) for unit in sharding_units(UNet(config)))
 
 
-def share_out(costs: Costs, n: int, sharding: str = "none", unit: int = 1) -> Costs:
+def share_out(costs: Costs, n: int, sharding: str = "none", unit: int | None = None) -> Costs:
     """A predicted training shared by n equal devices: memory of each, and seconds without what they send each other (`ring_bytes`, `fsdp_traffic`).
 
-    sharding: as in `TrainConfig`, "full" with the size of the largest `unit`. The batch stays that of all devices together.
+    sharding: as in `TrainConfig`, "full" with the size of the largest `unit` (`largest_unit`). The batch stays that of all devices together.
     """
     _check_processes(n), check_choice("sharding", sharding, ("none", "full"))
+    if sharding == "full" and unit is None:
+        raise ValueError("unit: got None with sharding 'full', expected the parameters of the largest piece that is gathered: largest_unit(config)")
     still = STILL * costs.parameters if sharding == "none" else fsdp_bytes(costs.parameters, n, unit, STILL)
     kept = (costs.memory - STILL * costs.parameters) / n
     return replace(costs, memory=round(still + kept), step_seconds=costs.step_seconds / n)

@@ -20,6 +20,7 @@ from ldm_edu.recipes import train_diffusion
 from ldm_edu.schedule import ScheduleConfig, make_schedule
 from ldm_edu.training import TrainConfig
 from ldm_edu.unet import UNETS
+from ldm_edu.viz import to_pil
 
 CASES = 160
 
@@ -447,3 +448,39 @@ def test_a_report_prints_its_reasons():
     report = Report((Finding("a", "1", "2", "ok"), Finding("b", "3", "4, because", "sick", "do it"), Finding("c", "", "", "not examined", "no c here")), {})
     lines = str(report).splitlines()
     assert lines[0].split() == ["ok", "a", "1"] and "4, because" in lines[2] and "do it" in lines[3] and "no c here" in lines[4] and lines[-1] == "diagnosis: b"
+
+
+def test_a_folder_s_classes_count_in_the_model_s_order(tmp_path, model, items, capsys):
+    """Folders come by name, classes as they were trained: told apart, or a healthy model would be found deaf to its conditions."""
+    names = model.config.conditioner["config"]["class_names"]
+    for i, (image, label) in enumerate(zip(items["image"], items["label"].tolist())):
+        folder = tmp_path / "shapes" / names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        to_pil(image).save(folder / f"{i}.png")
+    assert cli.main(["doctor", "--model", "scenes-class", "--data", str(tmp_path / "shapes"), "--items", "128", "--cases", "128", "--json"]) == 0
+    found = {f["name"]: f["verdict"] for f in json.loads(capsys.readouterr().out)["findings"]}
+    assert found["condition"] == "ok"
+    (tmp_path / "shapes" / "star").rename(tmp_path / "shapes" / "stern")
+    assert cli.main(["doctor", "--model", "scenes-class", "--data", str(tmp_path / "shapes")]) == 2
+    assert "got the classes circle, cross, ring, square, stern, triangle, expected those of the model: circle, square" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("told", ["fraction", "constant"])
+def test_who_does_not_hear_t_has_no_clock(model, items, told):
+    """The field's own bug: t / T where the embedding counts to T."""
+    net = copy.deepcopy(model.net)
+    embed = net.unet.embed
+    net.unet.embed = lambda t, c=None: embed(t / 1000 if told == "fraction" else 0 * t, c)
+    report = examine(changed(model, net), items, cases=CASES)
+    assert report.diagnosis == "time" and report["clock"].verdict == "not examined"
+
+
+def test_both_references_are_measured_on_the_same_cases(well):
+    """A mean of logarithms against the logarithm of a mean would flatter every network, the more the more cases."""
+    fit = well.fits[0]
+    for name, theirs in (("linear", fit), ("alone", fit.by_itself())):
+        seen = well.cases.rows % 2 == 1  # tested on the other half
+        mine = well.cases.errors(theirs.v(well.cases.x_t, well.cases.acp.flatten()))
+        assert_close(getattr(well, name)[seen], mine[seen])
+    assert_close(fit.by_itself().variance, fit.variance)
+    assert_close(fit.by_itself().mse(well.cases.acp.flatten()), fit.variance / (well.cases.acp.flatten() * fit.variance + 1 - well.cases.acp.flatten()))

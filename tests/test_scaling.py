@@ -167,6 +167,8 @@ def test_a_prediction_is_shared_out_between_what_lies_still_and_what_rows_keep()
     plain, sharded = share_out(one, 8), share_out(one, 8, "full", 10**7)
     assert plain.memory == STILL * 10**9 + 8 * 10**9 and sharded.memory == STILL * 10**9 / 8 + 8 * 10**7 + 8 * 10**9
     assert plain.step_seconds == sharded.step_seconds == 1.0 and plain.batch_size == 64
+    with pytest.raises(ValueError, match="unit: got None with sharding 'full'"):
+        share_out(one, 8, "full")
     with pytest.raises(ValueError, match="sharding.*half.*full"):
         share_out(one, 8, "half")
     with pytest.raises(ValueError, match="n: got 0"):
