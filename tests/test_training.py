@@ -11,6 +11,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -157,6 +158,18 @@ def test_the_next_step_is_prepared_before_this_one_is_waited_for(tmp_path, monke
     go(tmp_path, QUICK.replace(steps=3, accumulation=accumulation, validate_every=0))
     once = list(dict.fromkeys(events))
     assert once == ["fetch 0", "draw 0", "draw 1", "fetch 1", "apply 0", "draw 2", "fetch 2", "apply 1", "draw 3", "apply 2"]
+
+
+def test_what_was_drawn_for_another_step_is_not_used():
+    """A part that was idle in between finds the numbers of the step that it skipped."""
+    run = SimpleNamespace(batches=SimpleNamespace(rows=range(4, 9)), config=QUICK.replace(accumulation=2), ahead={}, step=5,
+                          accelerator=SimpleNamespace(device=torch.device("cpu")))
+    for prepared, used in ((4, True), (3, False)):
+        before = [RowRandom(QUICK.seed, prepared, rows) for rows in ([4, 5], [6, 7, 8])]
+        run.ahead["critic"] = [rng.ahead() for rng in before]
+        pieces = training.step_random(run, "critic")
+        assert [rng.step for _, rng in pieces] == [5, 5] and pieces[0][1].rows == [4, 5] and not run.ahead
+        assert torch.equal(pieces[1][1].uniform("t"), RowRandom(QUICK.seed, 5, [6, 7, 8]).uniform("t")), used
 
 
 # ---------------------------------------------------------------- schedule and average
