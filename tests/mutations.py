@@ -249,7 +249,7 @@ MUTATIONS = (
        "signal * eps - noise * x0", "noise * x0 - signal * eps", "test_objective.py::test_targets_by_hand_and_broadcasting"),
     # 14 the scale factor
     _m(14, "encoding forgets the scale factor", "ldm.LatentSpace.encode",
-       "return z * self.config.scale_factor", "return z", "test_ldm.py::test_scale_factor_is_applied_both_ways"),
+       "return z.to(images.dtype) * self.config.scale_factor", "return z.to(images.dtype)", "test_ldm.py::test_scale_factor_is_applied_both_ways"),
     _m(14, "decoding forgets the scale factor", "ldm.LatentSpace.decode",
        "latents.to(self.device) / self.config.scale_factor", "latents.to(self.device)", "test_ldm.py::test_scale_factor_is_applied_both_ways"),
     _m(14, "decoding multiplies by the scale factor once more", "ldm.LatentSpace.decode",
