@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHIFTS', 'EXAMINATIONS', 'loss_curve', 'excused', 'one_step', 'broken', 'see_loss', 'see_pictures', 'see_first_stage',
-           'see_latents', 'see_schedule', 'see_numbers', 'see_average', 'see_language', 'see_clock', 'see_time',
-           'unheard', 'see_condition', 'see_null', 'see_memory', 'draws', 'see_home', 'see_samples', 'take_items',
-           'examine']
+           'see_latents', 'see_schedule', 'see_numbers', 'lost_lead', 'see_average', 'see_language', 'see_clock',
+           'see_time', 'unheard', 'see_condition', 'see_null', 'see_memory', 'draws', 'see_home', 'see_samples',
+           'take_items', 'examine']
 
 # %% ../nbs/22_clinic.ipynb #bf5cc8ab
 """Examine a trained latent diffusion model on a few hundred pictures: what is measured, what is expected and why, what to do.
@@ -139,7 +139,7 @@ def see_schedule(patient: Patient) -> Finding:
          "or leave the last step some"),
         (snr * largest > 1, "watch", "the last step still shows the overall brightness: zero_terminal_snr=True with a v-model"))
 
-# %% ../nbs/22_clinic.ipynb #a3bccb13
+# %% ../nbs/22_clinic.ipynb #4c7ad1f3
 def see_numbers(patient: Patient) -> Finding:
     """Are all weights and answers finite?"""
     bad = [name for name, x in patient.model.state_dict().items() if x.is_floating_point() and not x.isfinite().all()]
@@ -151,17 +151,22 @@ def see_numbers(patient: Patient) -> Finding:
         (bool(bad), "sick", "go back to the last checkpoint before them; lower the learning rate, or clip gradients"),
         (lost > 0, "sick", "weights are finite, answers are not: an overflow inside; run it in bfloat16 or float32"), blocks=True)
 
+# %% ../nbs/22_clinic.ipynb #a3bccb13
+def lost_lead(patient: Patient, mine: Tensor, better: Tensor) -> tuple[Effect, bool]:
+    """The factor of errors `mine` over `better` ones, and whether more than half of the latter's lead over the linear denoiser is surely lost."""
+    factor, short = paired_factor(mine, better), Effect(*mean_and_error((mine / better).log() - (patient.linear / better).log() / 2))
+    return factor, factor.above and short.above
+
 
 def see_average(patient: Patient) -> Finding:
     """Do the averaged weights, which are drawn from, know what the raw ones know?"""
     expected = "at least half of the raw weights' lead over the linear denoiser: a sound average is better than they are, a young one is its start"
     if patient.raw is None:
         return Finding("average", "", expected, "not examined", "there are no raw weights to compare with: pass raw=, or examine the run's folder")
-    raw, mine = patient.raw.losses, patient.losses
-    factor, short = paired_factor(mine, raw), Effect(*mean_and_error((mine / raw).log() - (patient.linear / raw).log() / 2))
+    factor, lost = lost_lead(patient, patient.losses, patient.raw.losses)
     return conclude(
         "average", f"error {factor} of the raw weights'", expected,
-        (factor.above and short.above, "sick", "the average is too young: lower ema_decay, warm it up (ema_warmup=True), or train longer; until "
+        (lost, "sick", "the average is too young: lower ema_decay, warm it up (ema_warmup=True), or train longer; until "
                                                "then draw with the raw weights"),
         (factor.above, "watch", "the average lags behind the raw weights: fine in mid-training"))
 
@@ -260,10 +265,9 @@ def see_memory(patient: Patient) -> Finding:
     expected = "less than half of the lead over the linear denoiser lost on unseen pictures: what is lost is memory, what stays is knowledge"
     if patient.training is None:
         return Finding("memory", "", expected, "not examined", "pictures of its training were not given: pass training=")
-    seen, unseen = patient.training.losses, patient.losses
-    gap, short = paired_factor(unseen, seen), Effect(*mean_and_error((unseen / seen).log() - (patient.linear / seen).log() / 2))
+    gap, lost = lost_lead(patient, patient.losses, patient.training.losses)
     return conclude("memory", f"error on unseen pictures {gap} of that on pictures of the training", expected,
-                 (gap.above and short.above, "sick", "it has learnt its pictures by heart: more pictures, fewer steps, a smaller network, or "
+                 (lost, "sick", "it has learnt its pictures by heart: more pictures, fewer steps, a smaller network, or "
                                                      "augmentation"),
                  (gap.above, "watch", "it knows its training pictures better than others: keep some aside, and stop when their loss rises"))
 

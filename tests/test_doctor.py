@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -484,3 +485,11 @@ def test_both_references_are_measured_on_the_same_cases(well):
         assert_close(getattr(well, name)[seen], mine[seen])
     assert_close(fit.by_itself().variance, fit.variance)
     assert_close(fit.by_itself().mse(well.cases.acp.flatten()), fit.variance / (well.cases.acp.flatten() * fit.variance + 1 - well.cases.acp.flatten()))
+
+
+@pytest.mark.parametrize("mine, above, lost", [(0.5, False, False), (0.6, True, False), (0.8, True, True), (0.4, False, False)])
+def test_more_than_half_of_the_lead_is_what_counts_as_lost(mine, above, lost):
+    """Better errors of 0.5 lead 1.0 by a factor of 2: half of that, in logarithms, is 0.71."""
+    noise = torch.linspace(0.9, 1.1, 100).double()
+    factor, found = doctor.lost_lead(SimpleNamespace(linear=noise), mine * noise.flip(0), 0.5 * noise)
+    assert (factor.above, found) == (above, lost)

@@ -126,7 +126,7 @@ def test_every_named_config_can_be_built(name):
 
 @pytest.fixture(scope="module")
 def reference():
-    pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers", reason="needs diffusers, which `make test` installs")
     import diffusers_vae_map
 
     return diffusers_vae_map

@@ -453,7 +453,7 @@ def compare(ours, theirs):
 
 @pytest.fixture(scope="module")
 def diffusers():
-    return pytest.importorskip("diffusers")
+    return pytest.importorskip("diffusers", reason="needs diffusers, which `make test` installs")
 
 
 @pytest.fixture
@@ -463,7 +463,7 @@ def shared_noise(monkeypatch):
     ours, theirs = iter(noises), iter(noises)
     for module in (lib, solvers):
         monkeypatch.setattr(module, "randn", lambda *_: next(ours))
-    module = pytest.importorskip("diffusers.schedulers.scheduling_ddpm")
+    module = pytest.importorskip("diffusers.schedulers.scheduling_ddpm", reason="needs diffusers, which `make test` installs")
     monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(theirs))
     return noises
 

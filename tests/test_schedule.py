@@ -79,7 +79,7 @@ def test_terminal_signal_of_ddpm_and_terminal_snr_of_stable_diffusion():
 @pytest.mark.parametrize(("name", "theirs"), [("linear", "linear"), ("scaled_linear", "scaled_linear"), ("cosine", "squaredcos_cap_v2")])
 @pytest.mark.parametrize("zero", [False, True])
 def test_betas_agree_with_diffusers(name, theirs, zero):
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="needs diffusers, which `make test` installs")
     start, end = (0.00085, 0.012) if name != "cosine" else (None, None)
     extra = {"beta_start": start, "beta_end": end} if start else {}
     reference = diffusers.DDIMScheduler(1000, beta_schedule=theirs, rescale_betas_zero_snr=zero, **extra)
@@ -278,7 +278,7 @@ def test_posterior_composed_with_the_jump_gives_the_marginal_one_step_earlier(na
 
 
 def test_posterior_agrees_with_diffusers():
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="needs diffusers, which `make test` installs")
     reference = diffusers.DDPMScheduler(1000, beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195,
                                         prediction_type="sample", clip_sample=False, variance_type="fixed_small")
     s, x0, x_t = make_schedule(), noise(1, 3, 4, 4, dtype=torch.float64), noise(1, 3, 4, 4, seed=1, dtype=torch.float64)

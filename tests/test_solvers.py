@@ -340,7 +340,7 @@ def make_theirs(name, kind, steps):
     attributes that it would fill are filled here. Their table of noise levels is rounded to float32, which Heun's second
     slope divides by the smallest of them; it is replaced by the same levels in float64 (UniPC's solve wants float32).
     """
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="needs diffusers, which `make test` installs")
     class_name, settings = LIBRARY[name]
     extra = dict(lower_order_final=True) if "Singlestep" in class_name else {}
     scheduler = getattr(diffusers, class_name)(**TABLE, **settings, **extra, prediction_type=diffusers_kind[kind])
@@ -403,7 +403,7 @@ def shared_noise(monkeypatch):
     for module in (samplers, solvers):
         monkeypatch.setattr(module, "randn", lambda *_: next(ours))
     for part in ("euler_ancestral_discrete", "dpmsolver_multistep"):
-        module = pytest.importorskip(f"diffusers.schedulers.scheduling_{part}")
+        module = pytest.importorskip(f"diffusers.schedulers.scheduling_{part}", reason="needs diffusers, which `make test` installs")
         monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(theirs))
 
 
@@ -436,7 +436,7 @@ def test_agrees_with_diffusers(name, kind, spacing, S, shared_noise):
 
 
 def their_plms(kind, S, spacing):
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="needs diffusers, which `make test` installs")
     scheduler = diffusers.PNDMScheduler(**TABLE, skip_prk_steps=True, set_alpha_to_one=True, timestep_spacing=spacing,
                                         prediction_type=diffusers_kind[kind])
     scheduler.set_timesteps(S)
@@ -489,7 +489,7 @@ def test_diffusers_plms_mixes_velocities_of_different_levels():
 @pytest.mark.parametrize("their_class", ["PNDMScheduler", "DDIMScheduler"])
 def test_diffusers_linspace_lands_beside_the_next_step(their_class):
     """Theirs steps from t to t - T // S, but asks at the next point of linspace: states carry another level's noise."""
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="needs diffusers, which `make test` installs")
     S, eps = 10, torch.randn(4, 2, generator=seeded(0))
     steps = timesteps(S, T, "linspace")
     a = SCHEDULE.alphas_cumprod[steps[0]].item()
@@ -508,7 +508,7 @@ def test_diffusers_linspace_lands_beside_the_next_step(their_class):
 @pytest.mark.parametrize("S", [5, 12, 30])
 def test_karras_steps_agree_with_diffusers(S):
     """Theirs then keeps the unrounded noise levels beside the rounded steps; ours has a network's own levels."""
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="needs diffusers, which `make test` installs")
     theirs = diffusers.DPMSolverMultistepScheduler(**TABLE, use_karras_sigmas=True)
     theirs.set_timesteps(S)
     assert theirs.timesteps.tolist() == BY_LEVEL["karras"](S, SCHEDULE.alphas_cumprod.tolist())
