@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['WORKLOADS', 'WORDS', 'LIBRARIES', 'SETS', 'EXACT', 'ROUGH', 'Workload', 'check_job', 'Setting', 'settings_of',
-           'check_effects', 'check_settings', 'peer', 'inputs', 'tf32', 'conditions', 'Remembered', 'Contender',
-           'parts_of', 'relative', 'check_answers', 'agreement', 'contend', 'train_job', 'sample_job', 'make_job']
+           'check_effects', 'check_settings', 'peer', 'inputs', 'tf32', 'switched', 'conditions', 'Remembered',
+           'Contender', 'parts_of', 'relative', 'check_answers', 'agreement', 'contend', 'train_job', 'sample_job',
+           'make_job']
 
 # %% ../nbs/99d_contenders.ipynb #291ad65b
 """What speed is compared of: workloads, settings, and the same network under a setting in our library and in diffusers.
@@ -80,7 +81,7 @@ def check_job(name: str, what: str) -> Workload:
 WORDS = {  # of a setting's name, and what each of them sets
     "fp32": {"precision": "fp32"}, "tf32": {"precision": "tf32"}, "autocast": {"precision": "autocast"}, "bf16": {"precision": "bf16"},
     "channels-last": {"channels_last": True}, "compiled": {"compile": "default"}, "cuda-graphs": {"compile": "reduce-overhead"},
-    "autotuned": {"compile": "max-autotune-no-cudagraphs"}, "cudnn": {"attention": "cudnn"}, "flash": {"attention": "flash"},
+    "autotuned": {"compile": "max-autotune-no-cudagraphs"}, "cudnn-search": {"search": True}, "cudnn": {"attention": "cudnn"}, "flash": {"attention": "flash"},
     "math": {"attention": "math"}, "kept-context": {"keep_context": True}, "foreach": {"optimizer": "foreach"}, "plain": {"optimizer": "plain"},
 }
 LIBRARIES = ("ldm_edu", "diffusers")
@@ -94,6 +95,7 @@ class Setting:
     precision: str = "fp32"  # fp32; tf32 (CUDA); autocast: weights float32, arithmetic bfloat16; bf16: weights too
     channels_last: bool = False  # layout in memory
     compile: str = ""  # empty: eager; else a mode of torch.compile
+    search: bool = False  # convolutions: cuDNN times its kernels at the first call of each shape and keeps the fastest
     attention: str = ""  # empty: torch chooses the kernel; else cudnn, flash or math
     keep_context: bool = False  # sampling: keys and values of the context computed at the first step only
     optimizer: str = "fused"  # AdamW's form: fused, foreach or plain
@@ -209,11 +211,23 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def switched(place, name: str, value) -> Iterator[None]:
+    """An attribute of `place` set to a value inside the block."""
+    before = getattr(place, name)
+    try:
+        setattr(place, name, value)
+        yield
+    finally:
+        setattr(place, name, before)
+
+
+@contextlib.contextmanager
 def conditions(setting: Setting, device: torch.device) -> Iterator[None]:
-    """Autocast, TF32 and attention kernel as the setting says. A kernel that cannot do the work raises torch's error."""
+    """Autocast, TF32, cuDNN's search and attention kernel as the setting says. A kernel that cannot do the work raises torch's error."""
     with contextlib.ExitStack() as stack:
         if device.type == "cuda":
             stack.enter_context(tf32(setting.precision == "tf32"))
+            stack.enter_context(switched(torch.backends.cudnn, "benchmark", setting.search))
         if setting.precision == "autocast":
             stack.enter_context(torch.autocast(device.type, torch.bfloat16))
         if setting.attention:
@@ -286,8 +300,8 @@ class Contender:
             batch[read].requires_grad_(name == "first")
             with conditions(self.setting, self.device), torch.set_grad_enabled(name == "first"):
                 out[name] = self.answer(batch).float()
-            if name == "first":
-                out["gradient"] = torch.autograd.grad(out[name].square().mean(), batch[read])[0].float()
+                if name == "first":  # in here: outside, TF32 would be allowed again where the way back is computed
+                    out["gradient"] = torch.autograd.grad(out[name].square().mean(), batch[read])[0].float()
         self.runs = runs
         return {name: x.detach() for name, x in out.items()}
 

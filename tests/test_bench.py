@@ -1,4 +1,5 @@
 """The benchmark: contenders that must agree, turns, ratios, counts, memory, files, and the command line. No figure of speed is asserted."""
+import contextlib
 import gc
 import itertools
 import json
@@ -94,7 +95,7 @@ def test_check_job_names_what_can_be_timed():
 def test_every_setting_has_a_name_that_says_it():
     words = {"precision": ("fp32", "tf32", "autocast", "bf16"), "channels_last": (False, True),
              "compile": ("", "default", "reduce-overhead", "max-autotune-no-cudagraphs"), "attention": ("", "cudnn", "flash", "math"),
-             "optimizer": ("fused", "foreach", "plain"), "library": ("ldm_edu", "diffusers")}
+             "search": (False, True), "optimizer": ("fused", "foreach", "plain"), "library": ("ldm_edu", "diffusers")}
     every = [Setting(**dict(zip(words, values))) for values in itertools.product(*words.values())] + [Setting(keep_context=True)]
     assert len({s.name for s in every}) == len(every)
     assert all(Setting.parse(s.name) == s for s in every)
@@ -236,6 +237,28 @@ def test_tf32_and_conditions_hold_inside_only():
     with conditions(Setting(attention="math"), torch.device("cpu")):
         assert torch.backends.cuda.math_sdp_enabled() and not torch.backends.cuda.flash_sdp_enabled()
     assert torch.backends.cuda.flash_sdp_enabled() == flash
+    flags = [torch.backends.cudnn.benchmark, *before]
+    for setting, expected in ((Setting(search=True), [True, False, False]), (Setting(precision="tf32"), [False, True, True])):
+        with conditions(setting, torch.device("cuda")):
+            assert [torch.backends.cudnn.benchmark, *(place.allow_tf32 for place in places)] == expected
+    assert [torch.backends.cudnn.benchmark, *(place.allow_tf32 for place in places)] == flags
+
+
+def test_the_way_back_runs_under_the_same_conditions_as_the_way_there(monkeypatch):
+    """On a card TF32 is allowed outside of them: gradients that should be exact were a thousandth off."""
+    inside, seen = [False], []
+
+    @contextlib.contextmanager
+    def noting(setting, device):
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    monkeypatch.setattr(contenders, "conditions", noting)
+    net = TINY.build()
+    net.conv_in.register_full_backward_hook(lambda *_: seen.append(inside[0]))
+    Contender(OURS, net, TINY, "train")
+    assert seen == [True] and not inside[0]
 
 
 def test_a_remembered_layer_is_asked_again_when_it_must():
@@ -624,12 +647,19 @@ def test_committed_figures_are_whole(root):
     h200 = json.loads((root / "data/sweeps/speed-h200.json").read_text())
     assert "Agreement was not established" in h200["note"] and h200["torch"] == "2.11.0+cu130" and h200["diffusers"] == "0.42.1"
     assert len(h200["comparisons"]) == 6 and all(run["rows"][0]["ratio"] == 1 for run in h200["comparisons"])
-    for run in h200["comparisons"]:
+    for run in [*h200["comparisons"], *h200["checked"]]:
         flops = pass_flops(WORKLOADS[run["workload"]], run["what"]) * run["batch"] * (3 if run["what"] == "train" else 2 * run["steps"])
         assert all(row["tflops"] * row["ms"] / 1e3 == pytest.approx(flops / 1e12, rel=2e-3) for row in run["rows"])
     celeba = json.loads((root / "data/sweeps/celeba256-h200.json").read_text())
-    assert len(celeba["losses"]) == celeba["steps"] == 200
+    assert len(celeba["losses"]) * celeba["log_every"] == celeba["steps"] == 200 and celeba["loss_last_20"] < 0.1 * celeba["loss_first_20"]
     assert celeba["images_per_second"] == pytest.approx(celeba["batch_size"] / celeba["seconds_per_step_median"])
+    for run in h200["checked"]:
+        assert all(gaps["float32"] <= 1e-5 and gaps["gradient"] < 2e-3 and gaps["own"] < 0.05 for gaps in run["agreement"].values())
+        assert all(f"| {row['setting']} | {row['ms']:.1f} |" in speed_table(run) for row in run["rows"])
+    large = h200["larger_batch"]
+    assert all(row["share_of_matrix_rate"] == pytest.approx(1e3 * large["tflop"] / row["ms"] / large["matrix_tflops"]) for row in large["rows"].values())
+    steps = json.loads((root / "data/sweeps/profile-h200-64.json").read_text())
+    assert 0.8 * steps["total_ms"] < sum(row["ms"] for row in steps["operations"]) < steps["total_ms"]
     assert len((root / "data/sweeps/profile-h200.txt").read_text().splitlines()) == 24
     cpu = json.loads((root / "data/sweeps/speed-cpu.json").read_text())["comparisons"]
     assert all(f"| {row['setting']} | {row['ms']:.1f} |" in speed_table(run) for run in cpu for row in run["rows"])
