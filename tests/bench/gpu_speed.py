@@ -42,7 +42,7 @@ COMPARISONS = {  # workload, job, batch, settings
     "S16-train": ("S16", "train", 32, named(TRAIN, *GRAPHS)),
     "S16-sample": ("S16", "sample", 16, named(SAMPLE, *GRAPHS)),
 }
-WAVES = (("L-train", "L-sample-16", "L-sample-1"), ("mfu-64", "Mfull-train", "M-sample"), ("C-train", "S16-train", "S16-sample", "M-train"))
+WAVES = (("L-train", "Mfull-train"), ("mfu-64",), ("L-sample-16", "L-sample-1"), ("C-train", "M-train", "M-sample", "S16-train", "S16-sample"))  # each fits 139 GiB
 
 
 class Turn:
@@ -110,8 +110,10 @@ def utilisation(batch: int, out: Path, device: str, rounds: int, name: str) -> N
 def run_wave(keys: list[str], out: Path, options: list[str], deadline: float, beside: list[subprocess.Popen]) -> None:
     """Start the processes of a wave, wait until each is warm or has ended, then let one after another have the card."""
     began = time.perf_counter()
-    jobs = {key: subprocess.Popen([sys.executable, __file__, "--only", key, "--out", str(out), *options], stderr=subprocess.STDOUT,
-                                  stdout=open(out / f"{key}.log", "w")) for key in keys}
+    jobs = {}
+    for key in keys:
+        with open(out / f"{key}.log", "w") as log:
+            jobs[key] = subprocess.Popen([sys.executable, __file__, "--only", key, "--out", str(out), *options], stderr=subprocess.STDOUT, stdout=log)
     while time.perf_counter() - began < deadline and (any(job.poll() is None and not (out / f"{key}.ready").exists() for key, job in jobs.items())
                                                       or any(job.poll() is None for job in beside)):
         time.sleep(0.2)
@@ -141,8 +143,10 @@ def main(argv=None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.only:
         if options.only.startswith("mfu-"):
-            return utilisation(int(options.only[4:]), options.out, options.device, options.rounds, options.large)
-        return compare(options.only, options.out, options.device, options.rounds)
+            utilisation(int(options.only[4:]), options.out, options.device, options.rounds, options.large)
+        else:
+            compare(options.only, options.out, options.device, options.rounds)
+        return
     with open(options.out / "beside.log", "w") as log:
         beside = [subprocess.Popen(shlex.split(options.beside), stdout=log, stderr=subprocess.STDOUT)] if options.beside else []
         for wave in options.waves:
