@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attention import CrossAttention
 from .autoencoder import AUTOENCODERS, AutoencoderConfig
+from .channels import channels_last
 from .core import check_choice
 from .foreign_configs import stage_values, unet_values
 from .keymaps import first_stage_entries, from_ours, unet_entries
@@ -261,7 +262,9 @@ class Contender:
         self.setting = setting
         if setting.precision == "bf16":
             nn.Module.to(net, torch.bfloat16)  # not the peer's own `to`, which warns
-        if setting.channels_last:
+        if setting.channels_last and setting.library == "ldm_edu":
+            channels_last(net)
+        elif setting.channels_last:
             nn.Module.to(net, memory_format=torch.channels_last)
         if setting.keep_context:
             for layer in [m for m in net.modules() if isinstance(m, CrossAttention)]:

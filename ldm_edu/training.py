@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from .channels import channels_last
 from .checkpoint import load_checkpoint, newest_checkpoint, plain_tensors, rotate_checkpoints, save_checkpoint
 from .core import Config, check_choice, check_shape, default_device, derive_seed, write_json
 from .processes import asked_sharding, cut_state, gathered, hand_over, hollow, in_group, keep_freed_memory, one_voice, refill, shard_model, whole_state
@@ -540,7 +541,7 @@ def wrap_model(task: TrainingTask, config: TrainConfig, accelerator: Accelerator
     device, sharded = accelerator.device, config.sharding == "full" and in_group()
     task.model.to(device).train()
     if device.type == "cuda" and config.precision != "fp32" and not sharded:
-        task.model.to(memory_format=torch.channels_last)  # what half-precision convolutions read without copies
+        channels_last(task.model, compiled=accelerator.num_processes == 1)  # what half-precision convolutions read without copies
     optimizers = [make_optimizer(task, config, device, part) for part in task.parts]
     if not sharded:
         ema = EMA(task.model, config.ema_decay, config.ema_warmup)
