@@ -76,6 +76,7 @@ def together(folder: str) -> None:
     cached = write(folder, 0.02, seen)
     rank = torch.distributed.get_rank()
     Path(folder, f"rank{rank}.json").write_text(json.dumps({"batches": len(seen), "mean": cached.fetch(range(ITEMS))["mean"].double().sum().item()}))
+    torch.distributed.barrier()  # who leaves early may abort the others
     torch.distributed.destroy_process_group()
 
 

@@ -2,7 +2,7 @@
 
 `python tests/bench/gpu_speed.py --out runs/gpu-speed` starts a process for each comparison of a wave. They build and compile side by side, which takes
 most of the time and little of the card; when all of a wave are warm, each is timed alone, one after another. It writes KEY.json for each comparison as it
-ends, what Stable Diffusion 1 reaches in training at larger batches (mfu-BATCH.json), and where its time goes (profile-BATCH.txt).
+ends, what Stable Diffusion 1 reaches in training at larger batches (mfu-BATCH.json), and where its time goes (profile-mfu-BATCH.txt).
 `--with "COMMAND"` runs a command beside the first wave, such as the tests. Pages 99e and 24 read the copy in data/sweeps.
 """
 import argparse
@@ -42,7 +42,7 @@ COMPARISONS = {  # workload, job, batch, settings
     "S16-train": ("S16", "train", 32, named(TRAIN, *GRAPHS)),
     "S16-sample": ("S16", "sample", 16, named(SAMPLE, *GRAPHS)),
 }
-WAVES = (("L-train", "Mfull-train"), ("mfu-64",), ("L-sample-16", "L-sample-1"), ("C-train", "M-train", "M-sample", "S16-train", "S16-sample"))  # each fits 139 GiB
+WAVES = (("L-train", "Mfull-train"), ("mfu-64",), ("mfu-96+cuda-graphs",), ("L-sample-16", "L-sample-1"), ("C-train", "M-train", "M-sample", "S16-train", "S16-sample"))  # each fits 139 GiB
 
 
 class Turn:
@@ -76,35 +76,41 @@ def compare(key: str, out: Path, device: str, rounds: int) -> None:
     print(speed_table(result), flush=True)
 
 
-def utilisation(batch: int, out: Path, device: str, rounds: int, name: str) -> None:
-    """Share of the matrix rate that a training step of Stable Diffusion 1 reaches, with and without cuDNN's search, and where its time goes."""
-    key, workload = f"mfu-{batch}", WORKLOADS[name]
-    c, = contend([Setting.parse(f"ldm_edu+{TRAIN}+compiled")], workload, "train", device)
-    job, settings = make_job(c, batch), {flag: replace(c.setting, search=flag) for flag in (False, True)}
+def utilisation(key: str, out: Path, device: str, rounds: int, name: str) -> None:
+    """Share of the matrix rate that a training step of Stable Diffusion 1 reaches, with and without cuDNN's search, and where its time goes.
 
-    def under(flag: bool) -> None:
-        c.setting = settings[flag]
+    `key`: mfu-BATCH, or mfu-BATCH+cuda-graphs (kernels are chosen before they are recorded: with the search only).
+    """
+    batch, *words = key.removeprefix("mfu-").split("+")
+    workload, batch = WORKLOADS[name], int(batch)
+    c, = contend([Setting.parse("+".join([f"ldm_edu+{TRAIN}", *(words or ["compiled"])]))], workload, "train", device)
+    job, settings = make_job(c, batch), [replace(c.setting, search=flag) for flag in ((True,) if words else (False, True))]
+
+    def under(setting: Setting) -> None:
+        c.setting = setting
         job()
 
-    for flag in (False, True):
+    for setting in settings:
         began = time.perf_counter()
-        under(flag), under(flag)
-        print(f"[{key}] warm after {time.perf_counter() - began:.1f} s: search {flag}", flush=True)
+        for _ in range(3):
+            under(setting)
+        print(f"[{key}] warm after {time.perf_counter() - began:.1f} s: {setting.name}", flush=True)
     Turn(out, key).wait()
-    seconds = take_turns({settings[flag].name: (lambda flag=flag: under(flag)) for flag in (False, True)}, rounds, device)
+    seconds = take_turns({setting.name: (lambda setting=setting: under(setting)) for setting in settings}, rounds, device)
     flops, rate = job_flops(workload, "train", batch, 1), product_rate(device, "bf16") * 1e12
     rows = {s: {"ms": 1e3 * statistics.median(t), "share_of_matrix_rate": flops / statistics.median(t) / rate, "seconds": t} for s, t in seconds.items()}
-    best = min(rows, key=lambda s: rows[s]["ms"]) == settings[True].name
+    best = min(settings, key=lambda setting: rows[setting.name]["ms"])
     write_json(out / f"{key}.json", {**bench_facts(device), "workload": name, "what": "train", "batch": batch, "tflop": flops / 1e12, "matrix_tflops": rate / 1e12,
                                      "peak_mib": peak_memory(lambda: under(best), device), "rows": rows})
     for s, row in rows.items():
         print(f"[{key}] {s}: {row['ms']:.1f} ms, {row['share_of_matrix_rate']:.1%} of the matrix rate", flush=True)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True) as seen:
         under(best)
-        torch.cuda.synchronize() if device == "cuda" else None
-    show = {"sort_by": "self_device_time_total" if device == "cuda" else "self_cpu_time_total", "max_name_column_width": 110, "top_level_events_only": False}
-    (out / f"profile-{batch}.txt").write_text(seen.key_averages().table(row_limit=80, **show) + "\n" +
-                                              seen.key_averages(group_by_input_shape=True).table(row_limit=80, max_shapes_column_width=140, **show))
+        if device == "cuda":
+            torch.cuda.synchronize()
+    show = {"sort_by": "self_device_time_total" if device == "cuda" else "self_cpu_time_total", "max_name_column_width": 110}
+    tables = [seen.key_averages(group_by_input_shape=shapes).table(row_limit=120, max_shapes_column_width=140, **show) for shapes in (False, True)]
+    (out / f"profile-{key}.txt").write_text("\n".join(tables))
 
 
 def run_wave(keys: list[str], out: Path, options: list[str], deadline: float, beside: list[subprocess.Popen]) -> None:
@@ -134,7 +140,7 @@ def main(argv=None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-speed"))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", help="a comparison, or mfu-BATCH: without waiting for others' turns if --out holds KEY.go")
+    parser.add_argument("--only", help="a comparison, or mfu-BATCH[+cuda-graphs]: without waiting for others' turns if --out holds KEY.go")
     parser.add_argument("--large", default="L", help="the workload of mfu-BATCH")
     parser.add_argument("--waves", nargs="*", default=[",".join(wave) for wave in WAVES], help="comparisons of a wave, with commas between")
     parser.add_argument("--deadline", type=float, default=300, help="seconds after which a wave no longer waits for those that are not warm")
@@ -143,7 +149,7 @@ def main(argv=None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.only:
         if options.only.startswith("mfu-"):
-            utilisation(int(options.only[4:]), options.out, options.device, options.rounds, options.large)
+            utilisation(options.only, options.out, options.device, options.rounds, options.large)
         else:
             compare(options.only, options.out, options.device, options.rounds)
         return
