@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 from torch.profiler import ProfilerActivity, profile
 
 from ldm_edu.bench import bench_facts, compare_speed, job_flops, peak_memory, product_rate, speed_table, take_turns
@@ -144,9 +145,12 @@ def main(argv=None) -> None:
     parser.add_argument("--large", default="L", help="the workload of mfu-BATCH")
     parser.add_argument("--waves", nargs="*", default=[",".join(wave) for wave in WAVES], help="comparisons of a wave, with commas between")
     parser.add_argument("--deadline", type=float, default=300, help="seconds after which a wave no longer waits for those that are not warm")
+    parser.add_argument("--inductor", nargs="*", default=[], help="settings of the compiler to try, such as max_pointwise_cat_inputs=1")
     parser.add_argument("--with", dest="beside", default="", help="a command that runs beside the first wave")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
+    for name, value in (setting.split("=") for setting in options.inductor):
+        setattr(torch._inductor.config, name, type(getattr(torch._inductor.config, name))(int(value)))
     if options.only:
         if options.only.startswith("mfu-"):
             utilisation(options.only, options.out, options.device, options.rounds, options.large)
@@ -156,7 +160,7 @@ def main(argv=None) -> None:
     with open(options.out / "beside.log", "w") as log:
         beside = [subprocess.Popen(shlex.split(options.beside), stdout=log, stderr=subprocess.STDOUT)] if options.beside else []
         for wave in options.waves:
-            run_wave(wave.split(","), options.out, ["--device", options.device, "--rounds", str(options.rounds), "--large", options.large], options.deadline, beside)
+            run_wave(wave.split(","), options.out, ["--device", options.device, "--rounds", str(options.rounds), "--large", options.large, "--inductor", *options.inductor], options.deadline, beside)
             beside = []
     if options.beside:
         print("\n".join((options.out / "beside.log").read_text().splitlines()[-40:]), flush=True)

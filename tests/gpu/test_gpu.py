@@ -233,3 +233,18 @@ def test_a_training_step_waits_for_the_device_once(tmp_path):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert [later - now for now, later in zip(counts[4:-2], counts[5:-1])] == [1] * 6
+
+
+def test_drawing_waits_for_the_device_as_often_for_many_steps_as_for_few():
+    model, waits = load("scenes-text", "cuda"), {}
+    model.sample("a red circle", n=2, steps=4)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        for steps in (4, 12):
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                model.sample("a red circle", n=2, steps=steps)
+            waits[steps] = sum("synchronizing" in str(w.message) for w in seen)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert 0 < waits[4] == waits[12]
