@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .bench import CLOCKS, product_rate, take_turns
+from .channels import channels_last
 from .core import check_choice
 from .costs import STILL, Costs
 from .ldm import LatentDiffusion
@@ -82,7 +83,7 @@ def for_sampling(model: LatentDiffusion, precision: str = "auto", compile: str =
     for part in parts if kind != "fp32" else ():
         part.to(torch.bfloat16 if kind == "bf16" else torch.float16)
         if model.device.type == "cuda":
-            part.to(memory_format=torch.channels_last)
+            channels_last(part)
     if compile:
         model.net.unet.compile(mode=compile)
     return model
