@@ -19,7 +19,7 @@ import torch._inductor.config
 from torch.profiler import ProfilerActivity, profile
 
 from ldm_edu.bench import bench_facts, compare_speed, job_flops, peak_memory, product_rate, speed_table, take_turns
-from ldm_edu.contenders import WORKLOADS, Setting, contend, make_job
+from ldm_edu.contenders import WORKLOADS, Setting, agreement, contend, make_job
 from ldm_edu.core import write_json
 
 TRAIN, SAMPLE = "autocast+channels-last", "bf16+channels-last"
@@ -85,6 +85,7 @@ def utilisation(key: str, out: Path, device: str, rounds: int, name: str) -> Non
     batch, *words = key.removeprefix("mfu-").split("+")
     workload, batch = WORKLOADS[name], int(batch)
     c, = contend([Setting.parse("+".join([f"ldm_edu+{TRAIN}", *(words or ["compiled"])]))], workload, "train", device)
+    agreement([c])  # that half precision rounds, and by how much at most
     job, settings = make_job(c, batch), [replace(c.setting, search=flag) for flag in ((True,) if words else (False, True))]
 
     def under(setting: Setting) -> None:
@@ -157,10 +158,15 @@ def main(argv=None) -> None:
         else:
             compare(options.only, options.out, options.device, options.rounds)
         return
+    waves = [wave.split(",") for wave in options.waves]
+    if unknown := [key for wave in waves for key in wave if key not in COMPARISONS and not key.startswith("mfu-")]:
+        raise SystemExit(f"waves: got {', '.join(unknown)}, expected mfu-BATCH, mfu-BATCH+cuda-graphs, or some of {', '.join(COMPARISONS)}")
+    if there := [path.name for wave in waves for key in wave for path in options.out.glob(f"{key}.*")]:
+        raise SystemExit(f"{options.out} holds {', '.join(sorted(there))} already: choose another folder with --out")
     with open(options.out / "beside.log", "w") as log:
         beside = [subprocess.Popen(shlex.split(options.beside), stdout=log, stderr=subprocess.STDOUT)] if options.beside else []
-        for wave in options.waves:
-            run_wave(wave.split(","), options.out, ["--device", options.device, "--rounds", str(options.rounds), "--large", options.large, "--inductor", *options.inductor], options.deadline, beside)
+        for wave in waves:
+            run_wave(wave, options.out, ["--device", options.device, "--rounds", str(options.rounds), "--large", options.large, "--inductor", *options.inductor], options.deadline, beside)
             beside = []
     if options.beside:
         print("\n".join((options.out / "beside.log").read_text().splitlines()[-40:]), flush=True)
