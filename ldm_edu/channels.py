@@ -29,8 +29,11 @@ def norms_as_on_cuda() -> Iterator[None]:
 def misplaced(net: nn.Module, *inputs: Tensor) -> dict[str, int]:
     """What a compiled training step on CUDA would copy: how many convolutions go back, and how many inputs and gradients lie channels first there.
 
-    The network and its inputs stay on the CPU, their gradients are forgotten; torch's compiled functions are forgotten too.
+    The network and its inputs stay on the CPU. Its gradients are forgotten, and so are torch's compiled functions; the inputs get none.
+    Raises ValueError for a network without a trained parameter (nothing would go back), TypeError where its answer is no tensor.
     """
+    if not any(p.requires_grad for p in net.parameters()):
+        raise ValueError(f"net: got a {type(net).__name__} without a parameter that is trained, expected at least one")
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
     from torch._inductor.decomposition import select_decomp_table
@@ -47,8 +50,11 @@ def misplaced(net: nn.Module, *inputs: Tensor) -> dict[str, int]:
 
     backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward), bw_compiler=read, decompositions=select_decomp_table)
     torch._dynamo.reset()
-    with norms_as_on_cuda():
-        torch.compile(net, backend=backend)(*inputs).square().mean().backward()
+    with norms_as_on_cuda(), torch.enable_grad():
+        answer = torch.compile(net, backend=backend)(*(x.detach() for x in inputs))
+        if not isinstance(answer, Tensor):
+            raise TypeError(f"net: got an answer of type {type(answer).__name__}, expected a tensor")
+        answer.square().mean().backward()
     net.zero_grad()
     torch._dynamo.reset()
     return found
@@ -67,11 +73,12 @@ class _Last(torch.autograd.Function):
 
 
 def _before(layer: nn.Module, inputs: tuple) -> tuple | None:
-    return (_Last.apply(inputs[0]), *inputs[1:]) if torch.compiler.is_compiling() else None
+    batched = inputs and inputs[0].ndim == 4  # one picture without a batch has no such layout; an input by name is left as it is
+    return (_Last.apply(inputs[0]), *inputs[1:]) if batched and torch.compiler.is_compiling() else None
 
 
 def _after(layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
-    return _Last.apply(output) if torch.compiler.is_compiling() else None
+    return _Last.apply(output) if output.ndim == 4 and torch.compiler.is_compiling() else None
 
 
 def channels_last(net: nn.Module, compiled: bool = True) -> nn.Module:
@@ -79,7 +86,10 @@ def channels_last(net: nn.Module, compiled: bool = True) -> nn.Module:
 
     Shapes, numbers and names in the state dict stay. Half precision on CUDA gains; float32 on a CPU may gain or lose (lesson 24).
     `compiled=False` changes the weights' layout alone, as `to(memory_format=...)` does.
+    Raises TypeError for what is no module, and torch's RuntimeError for 3d convolutions, which have no such layout.
     """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net: got {type(net).__name__}, expected a torch.nn.Module")
     nn.Module.to(net, memory_format=torch.channels_last)
     for layer in net.modules() if compiled else ():
         if isinstance(layer, nn.Conv2d) and _before not in layer._forward_pre_hooks.values():

@@ -40,7 +40,16 @@ def conclude(name: str, measured: str, expected: str, *faults: tuple[bool, str, 
 
 # %% ../nbs/98d_findings.ipynb #308b5d4e
 def draw_curves(curves: Mapping[str, Mapping], size: tuple[float, float] = (7, 2.8)):
-    """Errors of eps by t over the references of the first of `curves`, and beside it the factors to the linear denoiser."""
+    """Errors of eps by t over the references of the first of `curves`, and beside it the factors to the linear denoiser.
+
+    curves: by name, each with equally long lists `t`, `network`, `linear`, `alone`, `factor`, `low`, `high` (see `doctor.loss_curve`).
+    `size` in inches; returns the figure. Raises ValueError for no curve and for one without some of these.
+    """
+    wanted = ("t", "network", "linear", "alone", "factor", "low", "high")
+    if not curves:
+        raise ValueError("curves: got none, expected at least one")
+    if short := {name: lost for name, curve in curves.items() if (lost := [key for key in wanted if key not in curve])}:
+        raise ValueError(f"curves: got {', '.join(f'{name!r} without {lost}' for name, lost in short.items())}, expected {', '.join(wanted)}")
     figure, axes = subplots(1, 2, size)
     for name, curve in curves.items():
         line, = axes[0, 0].plot(curve["t"], curve["network"], "o-", ms=3, label=name)
@@ -58,10 +67,19 @@ def draw_curves(curves: Mapping[str, Mapping], size: tuple[float, float] = (7, 2
 
 @dataclass(frozen=True)
 class Report(Config):
-    """All findings in the order of the pipeline, and the loss by noise level over its references."""
+    """All findings in the order of the pipeline, and the loss by noise level over its references.
+
+    Raises ValueError where two findings have one name.
+    """
 
     findings: tuple[Finding, ...]
     curve: dict  # see `loss_curve`; empty where no loss could be measured
+
+    def __post_init__(self):
+        object.__setattr__(self, "findings", tuple(f if isinstance(f, Finding) else Finding.from_dict(f) for f in self.findings))
+        names = [f.name for f in self.findings]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"findings: got {twice[0]!r} {names.count(twice[0])} times, expected each name once")
 
     @property
     def diagnosis(self) -> str | None:
@@ -83,5 +101,6 @@ class Report(Config):
     def plot(self):
         """The loss by noise level over its references; raises ValueError where no loss could be measured."""
         if not self.curve:
-            raise ValueError(f"got no curve: {self.diagnosis!r} comes before any loss")
+            why = f": {self.diagnosis!r} comes before any loss" if self.diagnosis else ""
+            raise ValueError(f"curve: got none, expected one of a loss that was measured{why}")
         return draw_curves({"network": self.curve})

@@ -31,7 +31,13 @@ from .shards import ShardFiles, own_turns
 
 # %% ../nbs/91e_latent_shards.ipynb #06c8af16
 def pack_rows(latents: np.ndarray, arrays: Mapping[str, np.ndarray], texts: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
-    """The tensors of one shard's file: latents, fields, texts as bytes with their ends, and a CRC-32 of each view and of each row's rest."""
+    """The tensors of one shard's file: latents, fields, texts as bytes with their ends, and a CRC-32 of each view and of each row's rest.
+
+    latents: (n, views, parts, c, h, w). arrays: fields (n, ...) by name. texts: n by name. Raises ValueError for a field of another length.
+    """
+    for key, values in (*arrays.items(), *texts.items()):
+        if len(values) != len(latents):
+            raise ValueError(f"{key}: got {len(values)} rows, expected {len(latents)}, one for each latent")
     tensors = {"latents": latents} | {f"field-{key}": values for key, values in arrays.items()}
     for key, values in texts.items():
         coded = [text.encode() for text in values]
@@ -52,7 +58,7 @@ def row_crc(parts: Sequence[bytes]) -> int:
 
 # %% ../nbs/91e_latent_shards.ipynb #4f915bff
 class LatentShards(LatentDataset):
-    """Latents of a data set in shards; items as of `LatentDataset`. In memory are shards' headers (32 KiB each) and the rows asked for.
+    """Latents of a data set in shards; items as of `LatentDataset`. In memory are the rows asked for and the shards' CRCs: 16 bytes a row, 24 with mirrored views.
 
     Raises ValueError for a shard that is missing or has another size than was written, and where a row is read that has changed.
     """
@@ -70,7 +76,7 @@ class LatentShards(LatentDataset):
     def _header(self, shard: int) -> dict:
         """Where each tensor of a shard begins, and its CRCs."""
         if shard not in self._headers:
-            if len(self._headers) >= 4096:  # of 32 KiB each
+            if len(self._headers) >= 4096:
                 self._headers.popitem(last=False)
             self._headers[shard] = read_header(self._files, shard, self.info["digest"])
         return self._headers[shard]
@@ -91,9 +97,16 @@ class LatentShards(LatentDataset):
         return np.frombuffer(latent, self.info["dtype"]).reshape(self.shape[2:]), arrays, {key: coded[f"text-{key}"].decode() for key in self._texts}
 
     def fetch(self, indices: Sequence[int], flips: Sequence[bool] | None = None) -> dict:
-        """One batch; where `flips` says so, the latents of the mirrored picture."""
+        """One batch; where `flips` says so, the latents of the mirrored picture. Negative indices count from the end.
+
+        Raises IndexError for an index that is not there, ValueError for flips of latents that were stored without them.
+        """
         flips = [False] * len(indices) if flips is None else flips
-        rows = [self._row(int(i), int(flip)) for i, flip in zip(indices, flips, strict=True)]
+        if odd := [int(i) for i in indices if not -len(self) <= i < len(self)]:
+            raise IndexError(f"indices: got {odd[0]}, expected {-len(self)} to {len(self) - 1}")
+        if not self.flip_safe and any(flips):
+            raise ValueError(f"flips: got {sum(map(bool, flips))} mirrored pictures to read, expected none: {self.folder} was stored with flips=False")
+        rows = [self._row(int(i) % len(self), int(flip)) for i, flip in zip(indices, flips, strict=True)]
         fields = {key: np.stack([arrays[key] for _, arrays, _ in rows]) for key in self._fields}
         texts = {key: [words[key] for _, _, words in rows] for key in self._texts}
         return latent_batch(np.stack([latent for latent, _, _ in rows]), fields, texts, self.info["image_key"])
@@ -136,10 +149,11 @@ def shard_latents(encode: Callable[[Tensor], object], dataset, folder: str | os.
     """Encode a data set into shards of `rows` items, `info` being its `cache_identity`; what is there already stays.
 
     Processes of one run share the work (see `own_turns`), and go on with what the others have not done yet: none waits.
+    Raises ValueError for `rows` that are not one or more whole batches.
     """
     final, n = Path(folder) / f"latents-{info['digest']}-by-{rows}", len(dataset)
-    if rows % batch_size:
-        raise ValueError(f"rows: got {rows} in a shard, expected a multiple of batch_size {batch_size}: else the encoder would see other batches than in one file")
+    if min(rows, batch_size) < 1 or rows % batch_size:
+        raise ValueError(f"rows: got {rows} in a shard, expected a multiple of batch_size {batch_size}, both at least 1: else the encoder would see other batches than in one file")
     cuts = shard_rows(n, rows)
     for stale in final.glob(".latents-*.part"):  # of killed runs; a living process writes a file in seconds
         if time.time() - stale.stat().st_mtime > 3600:

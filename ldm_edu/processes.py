@@ -110,10 +110,13 @@ def refill(shell: nn.Module, sharded: nn.Module, keep: bool = True) -> nn.Module
 
 # %% ../nbs/94b_processes.ipynb #023b3d8c
 def keep_freed_memory(largest: int = 2**25) -> bool:
-    """Ask glibc to keep freed memory for this process's next use, also blocks up to `largest` bytes (32 MiB is the most that it takes).
+    """Ask glibc to keep freed memory for this process's next use, also blocks up to `largest` bytes (its manual allows 32 MiB).
 
     Returns whether it will: False on systems with another C library. The setting lasts for the rest of the process.
+    Raises ValueError for another number of bytes: C would take its last 32 bits, and a threshold of 0 slows every block down.
     """
+    if not isinstance(largest, int) or not 0 < largest <= 2**25:
+        raise ValueError(f"largest: got {largest!r}, expected an integer from 1 to {2**25:,} (bytes)")
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return False
     threshold, trim = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h

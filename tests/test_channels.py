@@ -108,3 +108,43 @@ def test_the_benchmark_lays_out_ours_so_and_the_peers_plainly():
     hooked = [any(m._forward_pre_hooks for m in net.modules()) for net in (ours, theirs, plain)]
     assert hooked == [True, False, False]
     assert [lies_last(net.conv_in.weight) for net in (ours, theirs, plain)] == [True, True, False]
+
+
+class Named(nn.Module):
+    """Calls its convolution by the name of the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(input=x)
+
+
+@pytest.mark.parametrize("net, shape", [(nn.Conv2d(3, 4, 3), (3, 8, 8)), (Named(), (2, 3, 8, 8))], ids=["one picture", "by name"])
+def test_what_has_no_layout_is_compiled_as_it_is(net, shape):
+    torch._dynamo.reset()
+    x = torch.randn(shape)
+    expected = net(x)
+    assert_close(torch.compile(channels_last(net), backend="aot_eager", fullgraph=True)(x), expected)
+    torch._dynamo.reset()
+
+
+def test_what_cannot_be_counted_is_refused():
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    with pytest.raises(ValueError, match="net: got a Conv2d without a parameter that is trained"):
+        misplaced(nn.Conv2d(3, 4, 3).requires_grad_(False), x)
+    with pytest.raises(TypeError, match="net: got an answer of type tuple, expected a tensor"):
+        misplaced(Pair(), x)
+    with torch.no_grad():
+        assert misplaced(nn.Conv2d(3, 4, 3), x)["convolutions"] == 1
+    assert x.grad is None
+    with pytest.raises(TypeError, match="net: got Tensor, expected a torch.nn.Module"):
+        channels_last(torch.zeros(1, 2, 3, 4))
+
+
+class Pair(Named):
+    """Answers with more than a tensor."""
+
+    def forward(self, x):
+        return self.conv(x), 1

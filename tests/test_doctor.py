@@ -14,7 +14,7 @@ from ldm_edu.checkpoint import load_checkpoint
 from ldm_edu.data import Scenes
 from ldm_edu.doctor import EXAMINATIONS, examine, take_items
 from ldm_edu.examinations import Effect, LinearDenoiser, Patient, fit_linear, make_cases, paired_factor, pick_rows
-from ldm_edu.findings import Finding, Report, conclude
+from ldm_edu.findings import Finding, Report, conclude, draw_curves
 from ldm_edu.ldm import LatentDiffusion, LDMConfig, build, load
 from ldm_edu.oracle import GaussianMixture
 from ldm_edu.recipes import train_diffusion
@@ -245,7 +245,7 @@ def test_pictures_out_of_range(model, items, change, word, stops):
     assert word in report["pictures"].advice and report["pictures"].verdict == ("watch" if word == "grey" else "sick")
     assert (report["samples"].verdict == "not examined") == stops == (report.curve == {})
     if stops:
-        with pytest.raises(ValueError, match="'pictures' comes before any loss"):
+        with pytest.raises(ValueError, match="expected one of a loss that was measured: 'pictures' comes before any loss"):
             report.plot()
 
 
@@ -493,3 +493,20 @@ def test_more_than_half_of_the_lead_is_what_counts_as_lost(mine, above, lost):
     noise = torch.linspace(0.9, 1.1, 100).double()
     factor, found = doctor.lost_lead(SimpleNamespace(linear=noise), mine * noise.flip(0), 0.5 * noise)
     assert (factor.above, found) == (above, lost)
+
+
+def test_a_report_comes_back_from_json_and_is_found_by_name():
+    report = Report((Finding("a", "1", "2", "ok"), Finding("b", "3", "4", "sick", "do it", True)), {"t": [1, 2]})
+    again = Report.from_dict(json.loads(json.dumps(report.to_dict())))
+    assert again == report and again["b"].blocks and str(again) == str(report)
+    with pytest.raises(ValueError, match="findings: got 'a' 2 times, expected each name once"):
+        Report((Finding("a", "1", "2", "ok"), Finding("a", "3", "4", "sick")), {})
+
+
+def test_curves_that_are_not_there_are_named():
+    with pytest.raises(ValueError, match="curve: got none, expected one of a loss that was measured$"):
+        Report((Finding("a", "1", "2", "ok"),), {}).plot()
+    with pytest.raises(ValueError, match="curves: got none, expected at least one"):
+        draw_curves({})
+    with pytest.raises(ValueError, match=r"curves: got 'x' without \['network', 'high'\], expected t, network, "):
+        draw_curves({"x": {key: [1.0] for key in ("t", "linear", "alone", "factor", "low")}})

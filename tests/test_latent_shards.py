@@ -257,3 +257,30 @@ def test_a_diffusion_model_trains_on_shards_and_resumes_in_mid_epoch(tmp_path, m
     alike = go(tmp_path / "one")
     assert len(list((tmp_path / "one" / "latents").glob("*/*.safetensors"))) == 0
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), alike.state_dict().values())), "the same training from one file"
+
+
+def test_rows_are_counted_as_in_one_file_and_no_others_are_read(tmp_path):
+    """20 rows, in shards of 8: the last one is not full, so a place counted from the end is none in a shard that is."""
+    data = torch.utils.data.Subset(toy.Pictures(), range(20))
+    data.fingerprint = lambda: "twenty"
+    options = {"key": "k", "keys_to_keep": toy.KEEP, "batch_size": toy.BATCH, "progress": False}
+    one = cache_latents(toy.encoder(), data, tmp_path / "one", **options)
+    info = cache_identity(data, "k", toy.KEEP, False, "float32", "image")
+    shards = shard_latents(toy.encoder(), data, tmp_path / "many", info=info, rows=8, batch_size=toy.BATCH, progress=False)
+    a, b = (cache.fetch([-1, -20, 3, -12, 19]) for cache in (one, shards))
+    assert all(a[key] == b[key] if isinstance(a[key], list) else a[key].equal(b[key]) for key in a)
+    for index in (20, -21, 1000):
+        with pytest.raises(IndexError, match=f"indices: got {index}, expected -20 to 19"):
+            shards.fetch([0, index])
+    with pytest.raises(ValueError, match="flips: got 1 mirrored pictures to read, expected none: .*flips=False"):
+        shards.fetch([0, 1], torch.tensor([False, True]))
+    for rows, batch in ((0, 8), (-8, 8), (8, 0), (8, -8)):
+        with pytest.raises(ValueError, match=f"rows: got {rows} in a shard, expected a multiple of batch_size {batch}, both at least 1"):
+            shard_latents(toy.encoder(), data, tmp_path / "odd", info=info, rows=rows, batch_size=batch, progress=False)
+    assert not (tmp_path / "odd").exists()
+
+
+@pytest.mark.parametrize("arrays, texts", [({"label": np.zeros(2)}, {}), ({"label": np.zeros(4)}, {}), ({}, {"label": ["a"] * 5})])
+def test_a_field_of_another_length_is_not_packed(arrays, texts):
+    with pytest.raises(ValueError, match=r"label: got \d rows, expected 3, one for each latent"):
+        latent_shards.pack_rows(np.zeros((3, 1, 1, 2, 2, 2), np.float32), arrays, texts)

@@ -323,3 +323,9 @@ def test_other_systems_are_left_alone(monkeypatch):
     monkeypatch.setattr(processes.sys, "platform", "linux")
     monkeypatch.setattr(processes.ctypes, "CDLL", lambda name: object())  # a C library without mallopt
     assert processes.keep_freed_memory() is False
+
+
+@pytest.mark.parametrize("largest", [0, -5, 2**25 + 1, 2**40, "1", 1.5])
+def test_a_threshold_that_c_would_cut_is_refused(largest):
+    with pytest.raises(ValueError, match="largest: got .*, expected an integer from 1 to 33,554,432"):
+        processes.keep_freed_memory(largest)
