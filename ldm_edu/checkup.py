@@ -24,21 +24,25 @@ from .ldm import LatentDiffusion, LDMConfig, build, load_first_stage, pretrained
 from .training import TrainConfig, ema_decay
 
 # %% ../nbs/98c_checkup.ipynb #f94e0d36
+def _run_folder(folder: str | Path) -> Path:
+    if not (Path(folder) / "run.json").is_file():
+        raise ValueError(f"run: got {folder}, expected the folder of a training run, with run.json, log.jsonl and checkpoints")
+    return Path(folder)
+
+
 def read_log(folder: str | Path) -> list[dict]:
-    """The lines of a run's log that hold a loss, by rising step; a line that was cut in half is left out.
+    """The lines of a run's log that hold a loss, as they were written; a line that was cut in half is left out.
 
     Raises ValueError for a folder without run.json.
     """
-    folder = Path(folder)
-    if not (folder / "run.json").is_file():
-        raise ValueError(f"run: got {folder}, expected the folder of a training run, with run.json, log.jsonl and checkpoints")
-    lines, rows = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines() if (folder / "log.jsonl").exists() else [], []
+    folder = _run_folder(folder)
+    lines, rows = (folder / "log.jsonl").read_text(encoding="utf-8", errors="replace").splitlines() if (folder / "log.jsonl").exists() else [], []
     for line in lines:
         try:
             rows.append(json.loads(line))
         except ValueError:
             continue
-    return [row for row in rows if "loss" in row]
+    return [row for row in rows if isinstance(row, dict) and "loss" in row]
 
 
 def see_steps(done: int, config: TrainConfig) -> Finding:
@@ -55,8 +59,8 @@ def see_falling(rows: Sequence[Mapping]) -> Finding:
         return Finding("training loss", f"not finite at step {rows[int((~losses.isfinite()).nonzero()[0])]['step']}", expected, "sick",
                        "see the run's last words: lower lr, or bf16 for fp16")
     if len(losses) < 9:
-        return Finding("training loss", "", expected, "not examined", f"the log has {len(losses)} lines with a loss, expected at least 9: log_every "
-                       f"smaller")
+        return Finding("training loss", "", expected, "not examined", f"the log has {len(losses)} lines with a loss, expected at least 9: "
+                       "train longer, or with a smaller log_every")
     first, last = losses.log()[: len(losses) // 3], losses.log()[-(len(losses) // 3):]
     change, error = (last.mean() - first.mean()).item(), (first.var() / len(first) + last.var() / len(last)).sqrt().item()
     return conclude("training loss", f"{first.mean().exp():.3g} in the first third, {last.mean().exp():.3g} in the last (x {math.exp(change):.3g})",
@@ -68,9 +72,9 @@ def see_falling(rows: Sequence[Mapping]) -> Finding:
 def see_rate(rows: Sequence[Mapping], weights: Mapping[str, Tensor]) -> Finding:
     """Is the largest learning rate small against the weights that it moves?"""
     expected = "above 0, and less than a tenth of the weights' size: Adam moves each by about the rate a step"
-    if not rows:
-        return Finding("learning rate", "", expected, "not examined", "the log has no line")
     matrices = [(x.numel(), x[0].numel()) for x in weights.values() if x.is_floating_point() and x.ndim > 1]  # numbers, and inputs of each output
+    if not rows or not matrices:
+        return Finding("learning rate", "", expected, "not examined", "no matrix is among the weights" if rows else "the log has no line")
     size = math.sqrt(sum(n / (3 * inputs) for n, inputs in matrices) / sum(n for n, _ in matrices))
     rate = max(row["lr"] for row in rows)
     return conclude("learning rate", f"at most {rate:.3g}, {rate / size:.2g} of the {size:.2g} that weights of these shapes begin with", expected,
@@ -105,12 +109,13 @@ def see_age(done: int, config: TrainConfig) -> Finding:
 def open_run(folder: str | Path, first_stage: nn.Module | None = None) -> tuple[LatentDiffusion, LatentDiffusion, dict, int]:
     """The averaged and the raw model of a run's newest checkpoint, what run.json says, and the steps done.
 
-    Raises ValueError for another kind of run, one without a checkpoint, and where its first stage is not found.
+    Raises ValueError for what is no run, another kind of run, one without a checkpoint, and where its first stage is not found.
     """
-    folder = Path(folder)
+    folder = _run_folder(folder)
     said, newest = read_json(folder / "run.json"), newest_checkpoint(folder / "checkpoints")
-    if said["task"].get("task") != "diffusion":
-        raise ValueError(f"run: got a run of {said['task'].get('task')!r} in {folder}, expected one of 'diffusion'")
+    task = said.get("task", {}).get("task") if isinstance(said, dict) else None
+    if task != "diffusion":
+        raise ValueError(f"run: got a run of {task!r} in {folder}, expected one of 'diffusion'")
     if newest is None:
         raise ValueError(f"run: got no checkpoint in {folder / 'checkpoints'}, expected at least one")
     average = build(LDMConfig.from_dict(said["task"]["model"]))

@@ -71,8 +71,10 @@ def all_tensors(model: nn.Module) -> dict[str, Tensor]:
 def round_weights(model: nn.Module, dtype: torch.dtype) -> float:
     """Round a model's weights, and its text encoder's, to what `dtype` holds; returns the largest change over the largest number of its tensor.
 
-    Raises ValueError for weights that are not finite, or would not be.
+    Raises ValueError for weights that are not finite, or would not be, and for a type without fractions.
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype: got {dtype!r}, expected a floating point type such as {', '.join(map(str, DTYPES.values()))}")
     read, worst = text_reader(model), 0.0
     for module in [model, *([] if read is None else [read.clip[0]])]:
         state = module.state_dict()
@@ -108,6 +110,7 @@ def left_by(model: nn.Module, to: str) -> list[str]:
 
 def check_out(out: Path, to: str, source: str | Path, overwrite: bool) -> Path:
     """Return the place if something may be written there; raises ValueError for what would be replaced, and for a wrong name."""
+    check_choice("to", to, TARGETS)
     if to == "compvis" and out.suffix != ".safetensors":
         raise ValueError(f"out: got {out}, expected a file that ends in .safetensors")
     if out.exists() and Path(source).exists() and out.samefile(source):
@@ -178,7 +181,8 @@ class Converted:
 
 def differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
     """Names that one of two states lacks, or under which they do not hold the same bits."""
-    unlike = lambda x, y: x.dtype != y.dtype or not torch.equal(x, y)
+    bits = lambda x: x.detach().cpu().reshape(-1).view(torch.uint8)  # 0 and -0 are equal numbers of different bits
+    unlike = lambda x, y: x.dtype != y.dtype or x.shape != y.shape or not torch.equal(bits(x), bits(y))
     return sorted(one.keys() ^ other.keys()) + sorted(name for name in one.keys() & other.keys() if unlike(one[name], other[name]))
 
 

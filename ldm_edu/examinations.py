@@ -59,7 +59,15 @@ class Effect(NamedTuple):
 
 
 def paired_factor(these: Tensor, those: Tensor | float) -> Effect:
-    """The factor by which the errors `these` (m,) are larger than `those`, (m,) in the same order or one number."""
+    """The factor by which the errors `these` (m,) are larger than `those`, (m,) in the same order or one number.
+
+    Raises ValueError for other shapes, and for fewer than two cases, of which there is no interval.
+    """
+    m = len(check_shape("these", these, "m"))
+    if isinstance(those, Tensor) and those.ndim:
+        check_shape("those", those, "m", m=m)
+    if m < 2:
+        raise ValueError(f"these: got {m} cases, expected at least 2: of fewer there is no interval")
     return Effect(*mean_and_error((these / those).log()))
 
 # %% ../nbs/98b_examinations.ipynb #46839698
@@ -106,9 +114,11 @@ class LinearDenoiser:
 def fit_linear(x: Tensor) -> LinearDenoiser:
     """The linear denoiser of data (n, ...), its covariance shrunk towards a multiple of the identity [Chen et al. 2010, eq. 23].
 
-    Raises ValueError for fewer than three rows, or rows that are all the same.
+    Raises ValueError for fewer than three rows, rows that are all the same, and numbers that are not finite.
     """
-    n, d = len(x), x[0].numel()
+    if x.ndim < 2 or not x.isfinite().all():
+        raise ValueError(f"x: got shape {tuple(x.shape)} with {int((~x.isfinite()).sum())} numbers that are not finite, expected rows (n, ...) of finite ones")
+    n, d = len(x), math.prod(x.shape[1:])
     rows = x.double().flatten(1)
     mean = rows.mean(0)
     _, spread, axes = torch.linalg.svd((rows - mean) / max(1, n - 1) ** 0.5, full_matrices=False)
@@ -145,13 +155,20 @@ class Cases:
         return Cases(self.x0[::k], self.eps[::k], self.t[::k], self.acp[::k], self.rows[::k])
 
     def errors(self, answers: Tensor, kind: str = "v") -> Tensor:
-        """Squared error of v a number, (m,), of answers (m, ...) that are taken for predictions of `kind`."""
+        """Squared error of v a number, (m,), of answers (m, ...) that are taken for predictions of `kind`. Raises ValueError for another shape."""
+        if answers.shape != self.x0.shape:
+            raise ValueError(f"answers: got shape {tuple(answers.shape)}, expected {tuple(self.x0.shape)}, one for each case")
         target = make_target("v", self.x0, self.eps, self.acp)
         return (to_v(kind, answers.double(), self.x_t, self.acp) - target).square().flatten(1).mean(1)
 
 
 def make_cases(latents: Tensor, schedule: NoiseSchedule, m: int, seed: int = 0) -> Cases:
-    """`m` cases of latents (n, ...), every latent as often as any other; steps without any signal are left out."""
+    """`m` cases of latents (n, ...), every latent as often as any other; steps without any signal are left out.
+
+    Raises ValueError for no cases and for no latents.
+    """
+    if m < 1 or not len(latents):
+        raise ValueError(f"got {m} cases of {len(latents)} latents, expected at least one of each")
     g = torch.Generator().manual_seed(derive_seed("cases", seed))
     usable = int((schedule.alphas_cumprod > 0).sum())
     t = stratified_timesteps(m, usable, g).sort().values
@@ -172,10 +189,12 @@ class Patient:
     """A model, some items of data, and what several examinations want to know of both; deterministic by `seed`.
 
     items: a batch with `image` (n, 3, h, w) in [-1, 1] and what the model's conditioner reads. Raises ValueError for fewer than `least`
-    items or 64 cases, and for items without a field that the conditioner reads.
+    items or 64 cases, and for items without a field that is wanted, or with fields of several lengths.
     """
 
     def __init__(self, model: LatentDiffusion, items: Mapping, cases: int = 512, seed: int = 0, batch_size: int = 64, least: int = 32):
+        if "image" not in items or batch_size < 1:
+            raise ValueError(f"got items with {', '.join(items)} and a batch_size of {batch_size}, expected an image, and at least 1")
         self.model, self.items, self.seed, self.batch_size, self.m = model, items, seed, batch_size, cases
         self.reader, self.n = model.net.conditioner, len(items["image"])
         self.device, self.dtype = model.device, next(model.net.parameters()).dtype
@@ -185,6 +204,8 @@ class Patient:
         if missing := [key for key in self.reader.keys if key not in items]:
             raise ValueError(f"data: got items with {', '.join(items)}, expected also {', '.join(missing)}, which this model's "
                              f"{type(self.reader).__name__} reads (captions of a folder: by --captions; labels: one folder for each class)")
+        if uneven := [f"{len(items[key])} of {key}" for key in self.reader.keys if len(items[key]) != self.n]:
+            raise ValueError(f"data: got {', '.join(uneven)} for {self.n} pictures, expected one for each")
 
     def batches(self, n: int) -> list[tuple[int, int]]:
         """Where batches of n rows begin and end."""

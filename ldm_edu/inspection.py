@@ -33,12 +33,20 @@ from .weights import (diffusers_config, empty_unet, fill, load_compvis, load_dif
 TARGETS = ("ours", "diffusers", "compvis")  # layouts that are read and written
 
 
+def _read_object(file: Path) -> dict:
+    """What a JSON file says by name; raises ValueError where it holds anything else."""
+    said = read_json(file)
+    if not isinstance(said, dict):
+        raise ValueError(f"{file}: got JSON of type {type(said).__name__}, expected an object with names")
+    return said
+
+
 def layout_of(source: str | Path) -> str:
     """Which of TARGETS lies at a path, or under a shipped name; raises ValueError for anything else."""
     path = Path(source)
     if path.is_file():
         return "compvis"
-    said = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    said = _read_object(path / "config.json") if (path / "config.json").is_file() else {}
     if (path / "model_index.json").is_file() or "_class_name" in said:
         return "diffusers"
     try:
@@ -92,15 +100,18 @@ def read_recipe(said: str | Path | LDMConfig | AutoencoderConfig | None) -> str 
 
     Raises ValueError for anything else.
     """
-    if said is None or isinstance(said, (LDMConfig, AutoencoderConfig)) or said in RELEASED or said in AUTOENCODERS:
+    if said is None or isinstance(said, (LDMConfig, AutoencoderConfig)) or isinstance(said, str) and (said in RELEASED or said in AUTOENCODERS):
         return said
     try:
+        if not isinstance(said, (str, Path)):
+            raise ValueError(f"a {type(said).__name__} is no place")
         file = Path(said) if Path(said).is_file() else find_model(said) / "config.json"
     except ValueError as err:
         names = ", ".join([*RELEASED, *AUTOENCODERS])
         raise ValueError(f"config: got {str(said)!r}, expected a config.json of this library, its folder, or one of {names}") from err
-    values = read_json(file)
-    kind = AutoencoderConfig if values.get("kind") == "first-stage" else LDMConfig
+    values = _read_object(file)
+    kinds = {"first-stage": AutoencoderConfig, "latent-diffusion": LDMConfig}
+    kind = kinds[check_choice(f"{file}: kind", values.get("kind"), kinds)]
     known = with_encoder(values, file.parent)
     return kind.from_dict({name: value for name, value in known.items() if name not in ("kind", "shared_first_stage")})
 
@@ -155,7 +166,10 @@ def _ema_fact(last: int, mean: int, ema: bool | None) -> tuple[str, list[str]]:
 def _find_file(path: Path, recipe, ema: bool | None, encoder) -> Found:
     """What a file of the original's layout holds."""
     state = read_tensors(path)
-    inner = {name: x for name, x in state.get("state_dict", state).items() if isinstance(x, Tensor)}
+    held = state.get("state_dict", state)
+    if not isinstance(held, Mapping):
+        raise ValueError(f"{path}: got a state_dict of type {type(held).__name__}, expected tensors by name")
+    inner = {name: x for name, x in held.items() if isinstance(x, Tensor)}
     facts = {"layout": f"the original's, {'wrapped in a state_dict' if 'state_dict' in state else 'bare'}"}
     beside = sorted(str(name) for name in state if "state_dict" in state and name != "state_dict")
     left = [f"{', '.join(beside[:6])}, of its training"] if beside else []
@@ -221,7 +235,7 @@ def _find_diffusers(folder: Path) -> Found:
     """What a folder of diffusers holds, a pipeline's or one network's."""
     if not (folder / "model_index.json").is_file():
         return _find_network(folder)
-    index = read_json(folder / "model_index.json")
+    index = _read_object(folder / "model_index.json")
     parts = {name for name, value in index.items() if isinstance(value, list) and value[-1] is not None}
     if odd := sorted(parts - {*PIPELINE, *ASIDE}):
         raise ValueError(f"{folder}: got {', '.join(odd)} in a {index.get('_class_name')}, expected no parts but {', '.join((*PIPELINE, *ASIDE))}: "

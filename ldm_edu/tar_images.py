@@ -87,9 +87,10 @@ def _told(text: str | None) -> str | None:
 
 
 def index_shard(path, known: Mapping[str, Sequence[int]] | None = None, workers: int | None = None) -> dict:
-    """Look at everything in a shard: its stamp, an `ShardEntry` for each picture, and faults by name.
+    """Look at everything in a shard: its stamp, a `ShardEntry` for each picture, and faults by name.
 
-    known: (height, width) by hash, of pictures that need not be decoded. Raises ValueError where the shard itself cannot be read.
+    known: (height, width) by hash, of pictures that need not be decoded. Raises ValueError where the shard itself cannot be read,
+    FileNotFoundError where there is none.
     """
     path, stat = Path(path), os.stat(path)
     samples, faults = scan_shard(path)
@@ -135,11 +136,12 @@ def kept_index(path, cache_dir=None, workers: int | None = None) -> dict:
 
 
 def _read_index(place: Path) -> dict:
-    index = read_json(place)
     try:
+        index = read_json(place)
         if index["format"] != INDEX_FORMAT:
             raise ValueError(f"format {index['format']!r}")
-        return index | {"entries": [ShardEntry(*row) for row in index["entries"]], "size": int(index["size"]), "faults": dict(index["faults"])}
+        return index | {"entries": [ShardEntry(*row) for row in index["entries"]], "size": int(index["size"]), "mtime_ns": int(index["mtime_ns"]),
+                        "faults": dict(index["faults"])}
     except (KeyError, TypeError, ValueError) as err:
         raise ValueError(f"{place}: not an index of this version ({err}), expected {INDEX_FORMAT!r}: delete the file, it will be made anew") from err
 
@@ -164,6 +166,7 @@ def read_shards(paths: Sequence[Path], cache_dir=None, workers: int | None = Non
 def shard_classes(found: Mapping[str, ShardEntry], classes="auto") -> tuple[list[str] | None, dict[str, int], dict[str, str]]:
     """Class names, the class of each picture by name, and what is wrong with others: from key.cls where there are any, else from folders.
 
+    found: entries by name, as shard.tar/key.jpg. classes: "auto" or True, or False for folders that mean nothing; numbers in key.cls count always.
     A number bears its folder's name where number and folder go together, else its digits.
     """
     inside, marks = [entry.name for entry in found.values()], {name: entry.label for name, entry in found.items()}
@@ -181,7 +184,10 @@ def shard_classes(found: Mapping[str, ShardEntry], classes="auto") -> tuple[list
 
 # %% ../nbs/91d_tar_images.ipynb #8663cd21
 def shard_captions(found: Mapping[str, ShardEntry], source, root) -> tuple[dict[str, str], dict[str, str]]:
-    """Captions of pictures by name, and what is wrong with them; a table names pictures as they are called inside their shard."""
+    """Captions of pictures by name, and what is wrong with them; a table names pictures as they are called inside their shard.
+
+    source: "sidecar", "json", "filename" or the path of a table. Raises ValueError for another one.
+    """
     if source in ("sidecar", "json"):
         texts = {name: (entry.caption if source == "sidecar" else entry.told) or "" for name, entry in found.items()}
         return check_captions(texts, list(found), source)

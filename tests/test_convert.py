@@ -447,3 +447,50 @@ def test_bad_requests_exit_with_2_and_a_sentence(tmp_path, capsys, options, mess
 
     assert cli.main(["convert", *options, "--out", str(tmp_path / "x")]) == 2
     assert re.search(message, capsys.readouterr().err) and not list(tmp_path.iterdir())
+
+
+def test_types_without_fractions_are_refused_and_leave_the_weights():
+    model = make()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    for dtype in (torch.int8, torch.bool, "float16"):
+        with pytest.raises(ValueError, match=f"dtype: got {dtype!r}, expected a floating point type such as torch.float32"):
+            C.round_weights(model, dtype)
+    assert not C.differing(before, model.state_dict())
+
+
+def test_states_differ_by_their_bits():
+    zero, number = torch.tensor([0.0, 1.0]), torch.tensor(float("nan"))
+    assert C.differing({"a": zero}, {"a": torch.tensor([-0.0, 1.0])}) == ["a"]
+    assert C.differing({"a": zero}, {"a": zero[None]}) == C.differing({"a": zero}, {"a": zero.half()}) == C.differing({"a": zero}, {}) == ["a"]
+    grid = torch.arange(6.0).reshape(2, 3)
+    assert not C.differing({"n": number, "t": grid.T, "e": torch.zeros(0, 2)}, {"n": number.clone(), "t": grid.T.contiguous(), "e": torch.zeros(0, 2)})
+
+
+def test_an_unknown_layout_is_named(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    with pytest.raises(ValueError, match="to: got 'onnx', expected one of 'ours', 'diffusers', 'compvis'"):
+        C.check_out(tmp_path / "full", "onnx", tmp_path / "none", False)
+
+
+@pytest.mark.parametrize("name, said, got", [("config.json", "5", "int"), ("config.json", "[]", "list"), ("model_index.json", "[]", "list")])
+def test_json_that_is_no_object_is_named(tmp_path, name, said, got):
+    (tmp_path / name).write_text(said)
+    with pytest.raises(ValueError, match=f"{name}: got JSON of type {got}, expected an object with names"):
+        I.inspect_model(tmp_path)
+    if name == "config.json":
+        with pytest.raises(ValueError, match=f"{name}: got JSON of type {got}, expected an object with names"):
+            I.read_recipe(tmp_path / name)
+
+
+def test_a_recipe_is_not_made_up(tmp_path):
+    for said in ({"unet": 1}, 5, [], ""):
+        with pytest.raises(ValueError, match="config: got .*, expected a config.json of this library, its folder, or one of celeba256"):
+            I.read_recipe(said)
+    for values, got in (({}, "None"), ({"kind": "perceptual"}, "'perceptual'")):
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        with pytest.raises(ValueError, match=f"config.json: kind: got {got}, expected one of 'first-stage', 'latent-diffusion'"):
+            I.read_recipe(tmp_path / "config.json")
+    torch.save({"state_dict": 5}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="x.ckpt: got a state_dict of type int, expected tensors by name"):
+        I.inspect_model(tmp_path / "x.ckpt")

@@ -510,3 +510,50 @@ def test_curves_that_are_not_there_are_named():
         draw_curves({})
     with pytest.raises(ValueError, match=r"curves: got 'x' without \['network', 'high'\], expected t, network, "):
         draw_curves({"x": {key: [1.0] for key in ("t", "linear", "alone", "factor", "low")}})
+
+
+def test_what_no_interval_can_be_made_of_is_refused():
+    for these, those, message in ((torch.rand(5), torch.rand(5, 1), r"those: got shape \(5, 1\)"), (torch.rand(5), torch.rand(4), r"those: got shape \(4,\)"),
+                                  (torch.rand(5, 1), 1.0, "these: got shape"), (torch.rand(1), 1.0, "these: got 1 cases, expected at least 2")):
+        with pytest.raises(ValueError, match=message):
+            paired_factor(these, those)
+    assert str(paired_factor(torch.full((4,), 2.0), 1.0)) == str(paired_factor(torch.full((4,), 2.0), torch.tensor(1.0))) == "x 2 (2 to 2)"
+
+
+@pytest.mark.parametrize("x, message", [(torch.zeros(0, 4), "got 0 rows"), (torch.randn(5), r"got shape \(5,\)"),
+                                        (torch.tensor([[1.0, 2.0], [float("nan"), float("inf")], [0.0, 1.0]]), "with 2 numbers that are not finite")])
+def test_rows_that_no_covariance_can_be_had_of(x, message):
+    with pytest.raises(ValueError, match=message):
+        fit_linear(x)
+
+
+def test_cases_and_answers_are_as_many_as_asked_for():
+    schedule = make_schedule()
+    for latents, m in ((torch.zeros(0, 3, 2, 2), 64), (torch.zeros(3, 3, 2, 2), 0), (torch.zeros(3, 3, 2, 2), -1)):
+        with pytest.raises(ValueError, match=f"got {m} cases of {len(latents)} latents, expected at least one of each"):
+            make_cases(latents, schedule, m)
+    cases = make_cases(torch.randn(8, 3, 2, 2), schedule, 64)
+    with pytest.raises(ValueError, match=r"answers: got shape \(1, 3, 2, 2\), expected \(64, 3, 2, 2\)"):
+        cases.errors(cases.eps[:1], "eps")  # one answer would be compared with every case
+
+
+def test_items_that_do_not_fit_together_are_named(model, items):
+    with pytest.raises(ValueError, match="got items with label and a batch_size of 64, expected an image"):
+        Patient(model, {"label": items["label"]})
+    with pytest.raises(ValueError, match="and a batch_size of 0, expected an image, and at least 1"):
+        Patient(model, items, batch_size=0)
+    with pytest.raises(ValueError, match=f"data: got 7 of label for {len(items['image'])} pictures, expected one for each"):
+        Patient(model, {**items, "label": items["label"][:7]})
+
+
+def test_odd_papers_are_not_a_crash(tmp_path):
+    with pytest.raises(ValueError, match="run: got .*, expected the folder of a training run"):
+        checkup.open_run(tmp_path)
+    for said in ("{}", "[]", '{"task": {}}'):
+        (tmp_path / "run.json").write_text(said)
+        with pytest.raises(ValueError, match="run: got a run of None in"):
+            checkup.open_run(tmp_path)
+    (tmp_path / "log.jsonl").write_bytes(b'5\nnull\n["loss"]\n\xff\xfe\n{"step": 2, "loss": 1.0}\n')
+    assert checkup.read_log(tmp_path) == [{"step": 2, "loss": 1.0}]
+    found = checkup.see_rate([{"step": 1, "loss": 1.0, "lr": 0.1}], {"bias": torch.ones(3)})
+    assert found.verdict == "not examined" and found.advice == "no matrix is among the weights"

@@ -564,3 +564,15 @@ def test_indices_go_beside_the_shards_unless_that_is_closed(tmp_path, monkeypatc
     monkeypatch.undo()
     open_pictures(tmp_path / "s", cache_dir=tmp_path / "run", size=8)
     assert (tmp_path / "s" / "0.tar.index.json").exists()
+
+
+@pytest.mark.parametrize("said, why", [("{", "not valid JSON"), ("[]", "list indices"), ('{"size": 1, "faults": {}, "entries": []}', "mtime_ns")])
+def test_an_index_that_cannot_be_read_says_what_to_do(tmp_path, said, why):
+    path = tmp_path / "0.tar"
+    make_tar(path, [("a.png", png())])
+    said = said.replace("{", f'{{"format": "{tar_images.INDEX_FORMAT}", ', 1) if "size" in said else said
+    tar_images.index_place(path).write_text(said)
+    with pytest.raises(ValueError, match=f"0.tar.index.json: not an index of this version .*{why}.*delete the file, it will be made anew"):
+        tar_images.kept_index(path)
+    tar_images.index_place(path).unlink()
+    assert len(tar_images.kept_index(path)["entries"]) == 1
