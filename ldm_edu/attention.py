@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['attention_by_loops', 'attention_weights', 'attend', 'split_width', 'SelfAttention', 'CrossAttention',
-           'record_attention', 'FeedForward', 'TransformerBlock', 'zero_init', 'SpatialTransformer', 'AttentionBlock']
+           'record_attention', 'FeedForward', 'repeat_rows', 'TransformerBlock', 'zero_init', 'SpatialTransformer',
+           'AttentionBlock']
 
 # %% ../nbs/06_attention.ipynb #187a8866
 """Attention over tokens: self, cross, feed-forward, the spatial transformer of latent diffusion.
@@ -164,11 +165,24 @@ class FeedForward(nn.Module):
         return self.narrow(values * F.gelu(gates))
 
 # %% ../nbs/06_attention.ipynb #e5b9488a
+def repeat_rows(x: Tensor, rows: int) -> Tensor:
+    """The whole batch x (b, ...) again and again until it has `rows` rows, as `torch.cat([x, x])`; as it is where it has them.
+
+    Raises ValueError where `rows` is no multiple of b.
+    """
+    if len(x) == rows:
+        return x
+    if not len(x) or rows % len(x):
+        raise ValueError(f"got {rows} rows of context for {len(x)} pictures, expected as many for each picture")
+    return x.repeat(rows // len(x), *[1] * (x.ndim - 1))
+
+
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward, each after a LayerNorm and with a residual: (b, n, dim) -> same.
 
     The order is that of the released code; the paper's Table 16 prints the feed-forward before the cross-attention.
-    Without `context_dim` there is no cross-attention layer.
+    Without `context_dim` there is no cross-attention layer. Under a context of k * b rows the answer has k * b rows:
+    the pictures read its first b rows, then all of them the next b, and so on.
     """
 
     def __init__(self, dim: int, context_dim: int | None = None, heads: int | None = None, head_dim: int | None = None):
@@ -183,6 +197,7 @@ class TransformerBlock(nn.Module):
     def forward(self, tokens: Tensor, context: Tensor | None = None, context_mask: Tensor | None = None) -> Tensor:
         tokens = tokens + self.self_attention(self.norm_self(tokens))
         if self.cross_attention is not None:
+            tokens = repeat_rows(tokens, len(context))  # up to here several contexts can share one picture
             tokens = tokens + self.cross_attention(self.norm_cross(tokens), context, context_mask)
         return tokens + self.feed_forward(self.norm_ff(tokens))
 
@@ -213,7 +228,7 @@ class SpatialTransformer(nn.Module):
         tokens = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
         for block in self.blocks:
             tokens = block(tokens, context, context_mask)
-        return x + rearrange(self.proj_out(tokens), "b (h w) c -> b c h w", h=x.shape[2])
+        return repeat_rows(x, len(tokens)) + rearrange(self.proj_out(tokens), "b (h w) c -> b c h w", h=x.shape[2])
 
 # %% ../nbs/06_attention.ipynb #a4b2441f
 class AttentionBlock(nn.Module):

@@ -27,7 +27,7 @@ from .bench import compare_speed, speed_table
 from .captions import parse_caption
 from .checkup import examine_run
 from .conditioning import make_conditioner
-from .contenders import Setting, settings_of
+from .contenders import Setting, check_job, settings_of
 from .convert import convert_model, inspect_model
 from .core import check_choice, default_device, read_json, write_json, write_text
 from .costs import latent_bytes, matrix_rate, recipe_costs
@@ -494,7 +494,7 @@ class Bench:
         if self.contenders and self.set or self.threads is not None and self.threads < 1:
             raise ValueError(f"got contenders {self.contenders}, --set {self.set}, --threads {self.threads}, expected one of the first two, and at least 1 thread")
         ready = self.set or ("gpu" if device.startswith("cuda") else "cpu-fp32")
-        settings = [Setting.parse(name) for name in self.contenders] or settings_of(ready, self.what)
+        settings = [Setting.parse(name) for name in self.contenders] or settings_of(ready, self.what, check_job(self.workload, self.what).tokens > 0)
         out = self.out or Path("runs/bench") / f"{self.workload}-{self.what}-{'own' if self.contenders else ready}.json"
         taken = [path for path in (out, out.with_suffix(".md")) if path.exists()]
         if out.suffix == ".md" or taken and not self.overwrite:

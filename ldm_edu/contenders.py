@@ -83,7 +83,8 @@ WORDS = {  # of a setting's name, and what each of them sets
     "fp32": {"precision": "fp32"}, "tf32": {"precision": "tf32"}, "autocast": {"precision": "autocast"}, "bf16": {"precision": "bf16"},
     "channels-last": {"channels_last": True}, "compiled": {"compile": "default"}, "cuda-graphs": {"compile": "reduce-overhead"},
     "autotuned": {"compile": "max-autotune-no-cudagraphs"}, "cudnn-search": {"search": True}, "cudnn": {"attention": "cudnn"}, "flash": {"attention": "flash"},
-    "math": {"attention": "math"}, "kept-context": {"keep_context": True}, "foreach": {"optimizer": "foreach"}, "plain": {"optimizer": "plain"},
+    "math": {"attention": "math"}, "kept-context": {"keep_context": True}, "shared-start": {"share_start": True},
+    "foreach": {"optimizer": "foreach"}, "plain": {"optimizer": "plain"},
 }
 LIBRARIES = ("ldm_edu", "diffusers")
 
@@ -99,6 +100,7 @@ class Setting:
     search: bool = False  # convolutions: cuDNN times its kernels at the first call of each shape and keeps the fastest
     attention: str = ""  # empty: torch chooses the kernel; else cudnn, flash or math
     keep_context: bool = False  # sampling: keys and values of the context computed at the first step only
+    share_start: bool = False  # sampling: a guided pair is one picture until the context is read, as our models draw
     optimizer: str = "fused"  # AdamW's form: fused, foreach or plain
 
     def __post_init__(self):
@@ -108,6 +110,8 @@ class Setting:
             check_choice(field, getattr(self, field), [default, *(change[field] for change in WORDS.values() if change.get(field, default) != default)])
         if self.keep_context and (self.library, self.compile) != ("ldm_edu", ""):
             raise ValueError(f"keep_context: got it with library {self.library!r} and compile {self.compile!r}, expected ldm_edu, eager")
+        if self.share_start and self.library != "ldm_edu":
+            raise ValueError(f"share_start: got it with library {self.library!r}, expected ldm_edu")
 
     @property
     def name(self) -> str:
@@ -126,33 +130,36 @@ class Setting:
         return cls(library, **{field: value for change in changes for field, value in change.items()})
 
 # %% ../nbs/99d_contenders.ipynb #40757c42
-SETS = {  # ready sets of contenders: for a training step, and for everything else; the first one is what the others are measured by
+SETS = {  # ready sets of contenders: for a training step, for everything else, and what guided sampling has besides; the first one is what the others are measured by
     "cpu-fp32": (("diffusers+fp32", "diffusers+fp32+channels-last", "ldm_edu+fp32", "ldm_edu+fp32+channels-last"),
-                 ("diffusers+fp32", "diffusers+fp32+channels-last", "ldm_edu+fp32", "ldm_edu+fp32+channels-last")),
+                 ("diffusers+fp32", "diffusers+fp32+channels-last", "ldm_edu+fp32", "ldm_edu+fp32+channels-last"), ("ldm_edu+fp32+shared-start",)),
     "cpu-bf16": (("diffusers+autocast", "diffusers+autocast+channels-last", "ldm_edu+autocast", "ldm_edu+autocast+channels-last"),
-                 ("diffusers+bf16", "diffusers+bf16+channels-last", "ldm_edu+bf16", "ldm_edu+bf16+channels-last")),
+                 ("diffusers+bf16", "diffusers+bf16+channels-last", "ldm_edu+bf16", "ldm_edu+bf16+channels-last"), ("ldm_edu+bf16+shared-start",)),
     "cpu-compiled": (("diffusers+fp32", "diffusers+fp32+compiled", "ldm_edu+fp32+compiled"),
-                     ("diffusers+fp32", "diffusers+fp32+compiled", "ldm_edu+fp32+compiled", "ldm_edu+fp32+channels-last+compiled")),
-    "cpu-bf16-compiled": (("diffusers+autocast+compiled", "ldm_edu+autocast+compiled"), ("diffusers+bf16+compiled", "ldm_edu+bf16+compiled")),
+                     ("diffusers+fp32", "diffusers+fp32+compiled", "ldm_edu+fp32+compiled", "ldm_edu+fp32+channels-last+compiled"),
+                     ("ldm_edu+fp32+compiled+shared-start",)),
+    "cpu-bf16-compiled": (("diffusers+autocast+compiled", "ldm_edu+autocast+compiled"), ("diffusers+bf16+compiled", "ldm_edu+bf16+compiled"),
+                          ("ldm_edu+bf16+compiled+shared-start",)),
     "gpu": (("diffusers+autocast+channels-last", "ldm_edu+autocast+channels-last", "diffusers+autocast+channels-last+compiled",
              "ldm_edu+autocast+channels-last+compiled"),
             ("diffusers+bf16+channels-last", "ldm_edu+bf16+channels-last", "diffusers+bf16+channels-last+compiled",
-             "ldm_edu+bf16+channels-last+compiled", "diffusers+bf16+channels-last+cuda-graphs", "ldm_edu+bf16+channels-last+cuda-graphs")),
+             "ldm_edu+bf16+channels-last+compiled", "diffusers+bf16+channels-last+cuda-graphs", "ldm_edu+bf16+channels-last+cuda-graphs"),
+            ("ldm_edu+bf16+channels-last+compiled+shared-start", "ldm_edu+bf16+channels-last+cuda-graphs+shared-start")),
 }
 
 
-def settings_of(name: str, what: str) -> list[Setting]:
-    """A ready set of contenders for a job. Raises ValueError for an unknown one."""
-    train, rest = SETS[check_choice("set", name, SETS)]
-    return [Setting.parse(text) for text in (train if what == "train" else rest)]
+def settings_of(name: str, what: str, guided: bool = True) -> list[Setting]:
+    """A ready set of contenders for a job; `guided`: there is a context to guide by. Raises ValueError for an unknown one."""
+    train, rest, more = SETS[check_choice("set", name, SETS)]
+    return [Setting.parse(text) for text in (train if what == "train" else (*rest, *more) if what == "sample" and guided else rest)]
 
 
 def check_effects(settings: list[Setting], name: str, what: str) -> None:
     """Raise ValueError for a setting that changes nothing in this job: it would be timed under a name that promises something."""
     told = WORKLOADS[name].tokens > 0
     for s in settings:
-        if (s.keep_context and (what != "sample" or not told)) or (s.optimizer != "fused" and what != "train"):
-            raise ValueError(f"{s.name}: changes nothing in {name} {what}; kept-context is for sampling with a context, foreach and plain for training")
+        if ((s.keep_context or s.share_start) and (what != "sample" or not told)) or (s.optimizer != "fused" and what != "train"):
+            raise ValueError(f"{s.name}: changes nothing in {name} {what}; kept-context and shared-start are for sampling with a context, foreach and plain for training")
 
 
 def check_settings(settings: list[Setting], device: str) -> None:
@@ -278,10 +285,10 @@ class Contender:
         x = x.to(self.device, torch.bfloat16 if self.setting.precision == "bf16" else torch.float32)
         return x.contiguous(memory_format=torch.channels_last) if self.setting.channels_last and x.ndim == 4 else x
 
-    def predict(self, x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
-        """A UNet's prediction, whichever library it comes from."""
+    def predict(self, x: Tensor, t: Tensor, context: Tensor | None, contexts: int = 1) -> Tensor:
+        """A UNet's prediction, whichever library it comes from; with `contexts` 2, ours for x under the first and under the second half of the context."""
         if self.setting.library == "ldm_edu":
-            return self.runs["predict"](x, t, context)
+            return self.runs["predict"](x, t, context, contexts=contexts)
         extra = {} if context is None else {"encoder_hidden_states": context}
         return self.runs["predict"](x, t, return_dict=False, **extra)[0]
 
@@ -399,17 +406,21 @@ def train_job(c: Contender, batch: int) -> Callable[[], Tensor]:
 
 # %% ../nbs/99d_contenders.ipynb #7448e245
 def sample_job(c: Contender, batch: int, steps: int, scale: float = 3.0) -> Callable[[], Tensor]:
-    """`steps` steps of a DDIM run of 50, guided with both halves in one batch; the same loop for every contender; returns the latents."""
+    """`steps` steps of a DDIM run of 50, guided with both halves in one batch; the same loop for every contender; returns the latents.
+
+    A contender that shares the start is asked for both halves of one batch of pictures, the others for those of a doubled one.
+    """
     data = {key: c.place(value) for key, value in inputs(c.workload, batch).items()}
     both = None if data["context"] is None else torch.cat([torch.zeros_like(data["context"]), data["context"]])
     signal = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0).tolist()
     times = list(range(999, 999 - 20 * steps, -20))
-    rows = [torch.full((batch if both is None else 2 * batch,), t, device=c.device) for t in times]
+    share = c.setting.share_start
+    rows = [torch.full((batch if both is None or share else 2 * batch,), t, device=c.device) for t in times]
 
     def eps_of(x: Tensor, t: Tensor) -> Tensor:
         if both is None:
             return c.predict(x, t, None)
-        free, told = c.predict(torch.cat([x, x]), t, both).chunk(2)
+        free, told = (c.predict(x, t, both, contexts=2) if share else c.predict(torch.cat([x, x]), t, both)).chunk(2)
         return free + scale * (told - free)
 
     @torch.no_grad()

@@ -68,7 +68,8 @@ class GuidedModel:
     """A conditional model with its condition, its null and a scale folded in: a plain `model(x, t)` for any sampler.
 
     Works for eps-, x0- and v-models: all three are linear in each other at fixed x_t. One call makes one doubled
-    batch, except at scale 1 (the conditional model exactly) and 0 (the unconditional exactly), which need no double.
+    batch, except at scale 1 (the conditional model exactly) and 0 (the unconditional exactly), which need no double;
+    a model that `shares` doubles its batch itself, as late as it can.
     A negative prompt is another `null`. Raises ValueError for a scale that is not finite, a null that is missing, or
     options out of range.
     """
@@ -81,10 +82,11 @@ class GuidedModel:
         guidance_scale: float = 1.0,  # 1 = off
         rescale: float = 0.0,  # phi of `rescale_guidance`, 0 = off
         interval: tuple[int, int] | None = None,  # guide only where low <= t < high; None: at all steps
+        shares: bool = False,  # hand over x once, with both conditions: model(x, t, the pair, 2) -> the null's rows, then the condition's
     ):
         _check_guidance(condition, null, guidance_scale, rescale, interval)
         self.model, self.condition, self.null, self.guidance_scale = model, condition, null, float(guidance_scale)
-        self.rescale, self.interval = float(rescale), interval
+        self.rescale, self.interval, self.shares = float(rescale), interval, shares
         both = guidance_scale not in (0, 1) or (guidance_scale == 0 and rescale > 0)
         self.pair = _cat(null, condition) if both else None
 
@@ -92,7 +94,8 @@ class GuidedModel:
         """The guided prediction, whatever the interval."""
         if self.pair is None:
             return self.model(x, t, self.condition if self.guidance_scale == 1 else self.null)
-        e_u, e_c = self.model(torch.cat([x, x]), torch.cat([t, t]), self.pair).chunk(2)
+        pair = self.model(x, t, self.pair, 2) if self.shares else self.model(torch.cat([x, x]), torch.cat([t, t]), self.pair)
+        e_u, e_c = pair.chunk(2)
         guided = guide(e_u, e_c, self.guidance_scale)
         return rescale_guidance(guided, e_c, self.rescale) if self.rescale else guided
 

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .attention import repeat_rows
 from .autoencoder import AutoencoderConfig
 from .checkpoint import state_hash
 from .conditioning import Condition, Conditioner, make_conditioner
@@ -129,12 +130,18 @@ class ConditionalUNet(nn.Module):
         super().__init__()
         self.unet, self.conditioner = unet, conditioner
 
-    def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The UNet's raw output for noised latents (b, c, h, w), steps (b,) and an encoded condition."""
+    def denoise(self, x_t: Tensor, t: Tensor, condition: Condition, conditions: int = 1) -> Tensor:
+        """The UNet's raw output for noised latents (b, c, h, w), steps (b,) and an encoded condition.
+
+        `conditions` k > 1: all latents under k conditions, whose rows follow one another; k * b rows come back. Where they differ
+        in their tokens alone, the network shares what comes before these are read.
+        """
+        if conditions > 1 and (condition.context is None or condition.concat is not None or condition.c is not None):
+            x_t, t, conditions = repeat_rows(x_t, conditions * len(x_t)), repeat_rows(t, conditions * len(t)), 1
         if condition.concat is not None:
             x_t = torch.cat([x_t, fit_maps(condition.concat, x_t)], dim=1)
         x, context, c = (like_weights(self.unet, given) for given in (x_t, condition.context, condition.c))
-        out = self.unet(x, t, context=context, context_mask=condition.context_mask, c=c)
+        out = self.unet(x, t, context=context, context_mask=condition.context_mask, c=c, contexts=conditions)
         return out if torch.is_grad_enabled() else out.to(x_t.dtype, copy=True)  # a CUDA graph writes each answer over the last one
 
     def forward(self, x_t: Tensor, t: Tensor, batch: Mapping, drop: Tensor | None = None) -> Tensor:
@@ -239,7 +246,7 @@ class LatentDiffusion(LatentSpace):
                  interval: tuple[int, int] | None = None, window: int | None = None, overlap: int | None = None) -> Denoiser:
         """What a sampler calls: this UNet under a condition, guided away from `null` (see `guidance`); with windows each may have a row (see `windows`)."""
         model = self.net.denoise if window is None else WindowedModel(self.net.denoise, *window_cells(self.config, window, overlap))
-        guided = GuidedModel(model, condition.to(self.device), null.to(self.device), guidance_scale, rescale, interval)
+        guided = GuidedModel(model, condition.to(self.device), null.to(self.device), guidance_scale, rescale, interval, shares=window is None)
         return Denoiser(guided, self.schedule.to(self.device), self.config.prediction)
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import AttentionBlock, SpatialTransformer, split_width, zero_init
+from .attention import AttentionBlock, SpatialTransformer, repeat_rows, split_width, zero_init
 from .core import Config, check_choice, check_shape
 
 # %% ../nbs/07_unet.ipynb #9e2f78de
@@ -244,8 +244,10 @@ def _build_mid(config: UNetConfig, width: int) -> nn.ModuleList:
 
 # %% ../nbs/07_unet.ipynb #a0e6a45d
 def check_inputs(config: UNetConfig, x: Tensor, t: Tensor, context: Tensor | None, context_mask: Tensor | None,
-                 c: Tensor | None) -> None:
+                 c: Tensor | None, contexts: int = 1) -> None:
     """Raise ValueError, with the numbers, when the inputs of `UNet.forward` do not fit its config."""
+    if contexts < 1 or (contexts > 1 and context is None):
+        raise ValueError(f"contexts: got {contexts} {'without a context' if context is None else 'for each picture'}, expected at least 1 and, without a context, 1")
     check_shape("x", x, "b c h w", c=config.in_channels)
     (b, _, h, w), factor = x.shape, config.downsample_factor
     check_shape("t", t, "b", b=b)
@@ -257,13 +259,13 @@ def check_inputs(config: UNetConfig, x: Tensor, t: Tensor, context: Tensor | Non
             expected = "nothing" if width is None else f"width {width}"
             raise ValueError(f"{name}: got {got}, expected {expected} ({name}_dim={width} in the config)")
     if context is not None:
-        check_shape("context", context, "b n d", b=b, d=config.context_dim)
+        check_shape("context", context, "b n d", b=b * contexts, d=config.context_dim)
     if c is not None:
         check_shape("c", c, "b d", b=b, d=config.c_dim)
     if context_mask is not None:
         if context is None:
             raise ValueError(f"context_mask: got {tuple(context_mask.shape)} without a context, expected both or neither")
-        check_shape("context_mask", context_mask, "b n", b=b, n=context.shape[1])
+        check_shape("context_mask", context_mask, "b n", b=b * contexts, n=context.shape[1])
         if context_mask.dtype != torch.bool:
             raise ValueError(f"context_mask: got dtype {context_mask.dtype}, expected torch.bool (True = real token)")
 
@@ -289,23 +291,27 @@ class UNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(width, config.out_channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, context_mask: Tensor | None = None,
-                c: Tensor | None = None) -> Tensor:
+                c: Tensor | None = None, contexts: int = 1) -> Tensor:
         """Predict from x at steps t, given context (b, n, context_dim) with optional mask (b, n), and c (b, c_dim).
 
+        `contexts` k > 1: each picture under k contexts, which share all that comes before the first layer that reads one. Context
+        and mask then have k * b rows, the first b for all pictures, then the next b; the answer is that to x, t and c repeated k times.
         Raises ValueError when a shape does not fit the config, or a conditioning is missing or not expected.
         """
-        check_inputs(self.config, x, t, context, context_mask, c)
+        check_inputs(self.config, x, t, context, context_mask, c, contexts)
         run = _checkpointed if self.gradient_checkpointing and torch.is_grad_enabled() else _plainly
         emb, h = self.embed(t, c), self.conv_in(x)
         skips = [h]
         for stage in self.down:
             h = run(stage, h, emb, context, context_mask)
+            emb = repeat_rows(emb, len(h))
             skips.append(h)
         for stage in self.mid:
             h = run(stage, h, emb, context, context_mask)
+            emb = repeat_rows(emb, len(h))
         for stage in self.up:
-            h = run(stage, torch.cat([h, skips.pop()], dim=1), emb, context, context_mask)
-        return self.conv_out(F.silu(self.norm_out(h)))
+            h = run(stage, torch.cat([h, repeat_rows(skips.pop(), len(h))], dim=1), emb, context, context_mask)
+        return repeat_rows(self.conv_out(F.silu(self.norm_out(h))), contexts * len(x))
 
     def embed(self, t: Tensor, c: Tensor | None = None) -> Tensor:
         """Return the embedding (b, 4 model_channels) of time and c, after the SiLU that every residual block applies."""

@@ -14,6 +14,7 @@ from ldm_edu.attention import (
     attention_by_loops,
     attention_weights,
     record_attention,
+    repeat_rows,
     split_width,
     zero_init,
 )
@@ -167,6 +168,31 @@ def test_transformer_block_is_self_then_cross_then_feed_forward():
     h = h + block.cross_attention(block.norm_cross(h), context)
     torch.testing.assert_close(block(tokens, context), h + block.feed_forward(block.norm_ff(h)))
     assert TransformerBlock(8, heads=2).cross_attention is None
+
+
+def test_several_contexts_share_a_picture_until_they_are_read():
+    torch.manual_seed(0)
+    layer, x, context = SpatialTransformer(8, 6, heads=2, depth=2, num_groups=2), torch.randn(2, 8, 3, 4), torch.randn(6, 3, 6)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    mask = torch.rand(6, 3) > 0.3
+    rows = []
+    for module in (layer.blocks[0].self_attention, layer.blocks[0].cross_attention, layer.blocks[1].self_attention):
+        module.register_forward_hook(lambda _, inputs, output: rows.append(len(inputs[0])))
+    shared = layer(x, context, mask)
+    assert rows == [2, 6, 6]
+    torch.testing.assert_close(shared, layer(torch.cat([x, x, x]), context, mask))
+
+
+def test_rows_are_repeated_as_a_whole():
+    x = torch.arange(6.0).reshape(2, 3)
+    assert torch.equal(repeat_rows(x, 6), torch.cat([x, x, x])) and repeat_rows(x, 2) is x
+    assert repeat_rows(x[:0], 0).shape == (0, 3)
+    for rows in (1, 3):
+        with pytest.raises(ValueError, match=f"got {rows} rows of context for 2 pictures"):
+            repeat_rows(x, rows)
+    with pytest.raises(ValueError, match="got 2 rows of context for 0 pictures"):
+        repeat_rows(x[:0], 2)
 
 
 @pytest.mark.parametrize("make", [

@@ -96,14 +96,14 @@ def test_every_setting_has_a_name_that_says_it():
     words = {"precision": ("fp32", "tf32", "autocast", "bf16"), "channels_last": (False, True),
              "compile": ("", "default", "reduce-overhead", "max-autotune-no-cudagraphs"), "attention": ("", "cudnn", "flash", "math"),
              "search": (False, True), "optimizer": ("fused", "foreach", "plain"), "library": ("ldm_edu", "diffusers")}
-    every = [Setting(**dict(zip(words, values))) for values in itertools.product(*words.values())] + [Setting(keep_context=True)]
+    every = [Setting(**dict(zip(words, values))) for values in itertools.product(*words.values())] + [Setting(keep_context=True), Setting(share_start=True)]
     assert len({s.name for s in every}) == len(every)
     assert all(Setting.parse(s.name) == s for s in every)
     assert Setting.parse("diffusers").name == "diffusers+fp32" and Setting.parse("ldm_edu+compiled+bf16").name == "ldm_edu+bf16+compiled"
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("torch", "library: got 'torch'"), ("ldm_edu+bf61", "did you mean 'bf16'"), ("diffusers+kept-context", "expected ldm_edu, eager"),
+    ("torch", "library: got 'torch'"), ("ldm_edu+bf61", "did you mean 'bf16'"), ("diffusers+kept-context", "expected ldm_edu, eager"), ("diffusers+shared-start", "share_start: got it with library 'diffusers'"),
     ("ldm_edu+kept-context+compiled", "expected ldm_edu, eager"), ("", "library: got ''"), ("ldm_edu+", "got ''")])
 def test_wrong_names_of_settings_are_refused(name, message):
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -122,8 +122,10 @@ def test_ready_sets_begin_with_the_peer_and_hold_both_libraries():
         assert settings[0].library == "diffusers" and {s.library for s in settings} == {"ldm_edu", "diffusers"}
         assert all(s.optimizer == "fused" for s in settings) and len(set(settings)) == len(settings)
         if name != "cpu-compiled":  # there the peer's plain form is what both compiled ones are measured by
-            ways = [{s.name.split("+", 1)[1] for s in settings if s.library == library} for library in ("diffusers", "ldm_edu")]
+            ways = [{s.name.split("+", 1)[1].replace("+shared-start", "") for s in settings if s.library == library} for library in ("diffusers", "ldm_edu")]
             assert ways[0] == ways[1], "every way that we try, the peer tries"
+        assert any(s.share_start for s in settings) == (what == "sample"), "sharing the start is for guided sampling alone"
+        assert not any(s.share_start for s in settings_of(name, what, guided=False))
     assert all(s.precision != "bf16" for name in SETS for s in settings_of(name, "train")), "training needs weights in float32"
     with pytest.raises(ValueError, match="set: got 'tpu'"):
         settings_of("tpu", "train")
@@ -335,7 +337,7 @@ def test_sampling_is_ddim_of_fifty_steps(monkeypatch):
 
 def test_guidance_goes_beyond_the_told_half(monkeypatch):
     (c,) = contend([OURS], TINY, "sample")
-    monkeypatch.setattr(c, "predict", lambda x, t, context: context.abs().amax((1, 2)).gt(0).float()[:, None, None, None].expand_as(x))
+    monkeypatch.setattr(c, "predict", lambda x, t, context, contexts=1: context.abs().amax((1, 2)).gt(0).float()[:, None, None, None].expand_as(x))
     x, signal = inputs(TINY, 2)["x"], torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0).float()
     now, then = signal[999], signal[979]
     expected = (then / now).sqrt() * (x - (1 - now).sqrt() * 3) + (1 - then).sqrt() * 3  # 0 without context, 1 with it, scale 3
@@ -350,6 +352,17 @@ def test_a_kept_context_is_projected_once_a_run_and_changes_nothing():
         layer.layer.register_forward_hook(lambda *_: calls.append(1))
     job = make_job(kept, 2, steps=4)
     assert torch.equal(job(), make_job(plain, 2, steps=4)()) and len(calls) == len(layers) == 7
+
+
+@pytest.mark.parametrize("words", ["", "+channels-last", "+kept-context"])
+def test_a_shared_start_sees_each_picture_once_and_changes_nothing(words):
+    plain, shared = contend([OURS, Setting.parse(f"ldm_edu+shared-start{words}")], TINY, "sample")
+    rows = []
+    for c in (plain, shared):
+        c.net.conv_in.register_forward_hook(lambda _, inputs, output: rows.append(len(inputs[0])))
+    doubled = make_job(plain, 3, steps=2)()
+    torch.testing.assert_close(make_job(shared, 3, steps=2)(), doubled, atol=1e-5, rtol=1e-4)
+    assert rows == [6, 6, 3, 3]
 
 
 # ------------------------------------------------------------------------------------------------ time
@@ -489,7 +502,8 @@ def test_the_matrix_rate_is_asked_in_the_arithmetic_of_the_setting(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "what", "setting"), [("S8", "train", "ldm_edu+kept-context"), ("AEf4", "encode", "ldm_edu+kept-context"),
-                                                       ("C", "sample", "ldm_edu+kept-context"), ("S8", "sample", "diffusers+foreach"), ("AEf4", "decode", "ldm_edu+plain")])
+                                                       ("C", "sample", "ldm_edu+kept-context"), ("S8", "sample", "diffusers+foreach"), ("AEf4", "decode", "ldm_edu+plain"),
+                                                       ("S8", "train", "ldm_edu+shared-start"), ("C", "sample", "ldm_edu+shared-start")])
 def test_settings_without_effect_are_refused(name, what, setting):
     with pytest.raises(ValueError, match=rf"changes nothing in {name} {what}"):
         compare_speed(name, what, [Setting.parse(setting)])

@@ -131,6 +131,20 @@ def test_scale_one_is_the_conditional_and_zero_the_unconditional(setting, wrap):
     assert max(model.sizes) == 5, "scales 0 and 1 need no doubled batch"
 
 
+def test_a_model_that_shares_sees_each_picture_once(setting):
+    x, t, condition, null = setting
+    model, seen = Recorder(), []
+
+    def shares(x, t, both, conditions=1):
+        seen.append((len(x), len(t), len(both), conditions))
+        return model(torch.cat([x] * conditions), torch.cat([t] * conditions), both)
+
+    for options in ({}, {"rescale": 0.7}, {"interval": (2, 4)}):
+        assert_close(GuidedModel(shares, condition, null, 3.0, shares=True, **options)(x, t), GuidedModel(model, condition, null, 3.0, **options)(x, t))
+    assert seen == [(5, 5, 10, 2)] * 3 + [(5, 5, 5, 1)], "the pair, and outside the interval the condition alone"
+    assert torch.equal(GuidedModel(shares, condition, null, 1.0, shares=True)(x, t), model(x, t, condition))
+
+
 def test_negative_prompt_is_another_null(setting):
     x, t, condition, null = setting
     away = Recorder()

@@ -15,7 +15,7 @@ from ldm_edu.data import Scenes, degrade
 from ldm_edu.objective import PREDICTIONS
 from ldm_edu.scaling import for_sampling
 from ldm_edu.schedule import ScheduleConfig
-from ldm_edu.unet import UNetConfig
+from ldm_edu.unet import UNet, UNetConfig
 
 STAGE = AutoencoderConfig(4, 8, (1, 2, 2), 1, mid_attention=False, num_groups=4)
 
@@ -111,9 +111,42 @@ def test_guidance_options_reach_the_model():
         assert (draw(**options) - guided).abs().max() > 1e-4, options
     rows = []
     forward = model.net.denoise
-    model.net.denoise = lambda x, t, condition: rows.append(len(x)) or forward(x, t, condition)
+    model.net.denoise = lambda x, t, condition, conditions=1: rows.append((len(x), len(condition))) or forward(x, t, condition, conditions)
     draw(guidance_interval=(30, 60))  # trailing steps of 100: 99, 74, 49, 24
-    assert rows == [2, 2, 4, 2]
+    assert rows == [(2, 2), (2, 2), (2, 4), (2, 2)]
+
+
+@pytest.mark.parametrize("parts", [("context",), ("context", "mask"), ("context", "c"), ("context", "concat"), ("c",)], ids="+".join)
+def test_several_conditions_of_the_same_latents(parts):
+    """Only where the tokens alone differ may the network share; the answer is that of a repeated batch in any case."""
+    g, k = torch.Generator().manual_seed(0), 3
+    wide = {"context": torch.randn(2 * k, 3, 8, generator=g), "c": torch.randn(2 * k, 5, generator=g), "concat": torch.randn(2 * k, 1, 4, 4, generator=g)}
+    given = {name: x for name, x in wide.items() if name in parts}
+    if "mask" in parts:
+        given["context_mask"] = torch.tensor([[True, True, False], [True] * 3]).repeat(k, 1)
+    unet = UNet(UNetConfig(4 + ("concat" in parts), 4, 8, (1, 2), 1, (2,), head_dim=8, num_groups=4,
+                           context_dim=8 if "context" in parts else None, c_dim=5 if "c" in parts else None))
+    for p in unet.parameters():
+        torch.nn.init.normal_(p, std=0.3, generator=g)
+    net, condition, rows = L.ConditionalUNet(unet, ClassConditioner(ClassConfig(3))), Condition(**given), []
+    unet.conv_in.register_forward_hook(lambda _, inputs, output: rows.append(len(inputs[0])))
+    x_t, t = torch.randn(2, 4, 4, 4, generator=g), torch.tensor([9, 70])
+    with torch.no_grad():
+        together, repeated = net.denoise(x_t, t, condition, k), net.denoise(x_t.repeat(k, 1, 1, 1), t.repeat(k), condition)
+    torch.testing.assert_close(together, repeated, atol=1e-5, rtol=1e-5)
+    assert (together[:2] - together[2:4]).abs().max() > 1e-3, "the conditions show"
+    assert rows == [2 if set(parts) <= {"context", "mask"} else 6, 6]
+
+
+def test_guided_drawing_equals_drawing_with_doubled_batches(monkeypatch):
+    model, rows = tiny(ch_mult=(1, 1)), []
+    model.net.unet.conv_in.register_forward_hook(lambda _, inputs, output: rows.append(len(inputs[0])))
+    draw = lambda: model.sample(["a", "b", "c"], seed=3, steps=4, guidance_scale=3.0, decode=False)
+    shared = draw()
+    doubled = L.GuidedModel
+    monkeypatch.setattr(L, "GuidedModel", lambda *given, shares: doubled(*given))
+    torch.testing.assert_close(draw(), shared, atol=1e-4, rtol=1e-4)
+    assert rows == [3] * 4 + [6] * 4
 
 
 def test_negative_prompts_replace_the_null_condition():

@@ -187,6 +187,10 @@ def bad_inputs():
         r"c: got \(2, 8\), expected nothing": ((x, t, context), {"c": torch.zeros(2, 8)}),
         r"context_mask: got shape \(2, 4\)": ((x, t, context), {"context_mask": mask[:, :4]}),
         "context_mask: got dtype torch.int64": ((x, t, context), {"context_mask": mask.long()}),
+        r"context: got shape \(2, 5, 24\), expected \(b n d\), b=4": ((x, t, context), {"contexts": 2}),
+        r"context: got shape \(4, 5, 24\), expected \(b n d\), b=2": ((x, t, context.repeat(2, 1, 1)), {}),
+        r"context_mask: got shape \(2, 5\), expected \(b n\), b=4": ((x, t, context.repeat(2, 1, 1)), {"context_mask": mask, "contexts": 2}),
+        "contexts: got 0 for each picture, expected at least 1": ((x, t, context), {"contexts": 0}),
     }
 
 
@@ -203,6 +207,8 @@ def test_context_without_context_dim_is_refused():
         unet(x, t, torch.zeros(2, 5, 24))
     with pytest.raises(ValueError, match="without a context"):
         unet(x, t, None, torch.ones(2, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="contexts: got 2 without a context"):
+        unet(x, t, contexts=2)
 
 
 def test_new_networks_predict_zero_and_their_residual_branches_are_silent():
@@ -252,6 +258,42 @@ def test_time_context_mask_and_c_reach_the_output():
         changed = context.clone()
         changed[1, 3:] = 1e3  # padding may hold anything
         assert torch.allclose(unet(x, t, changed, fewer, c), masked, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes, shared", [
+    ({}, 2), ({"attention_levels": (2,)}, 4), ({"attention_levels": ()}, 5), ({"cross_levels": (2,)}, 4), ({"cross_levels": ()}, 10),
+    ({"c_dim": 6}, 2), ({"transformer_depth": 2, "use_scale_shift_norm": True}, 2), ({"resblock_updown": True, "attention_levels": (2,)}, 4)])
+def test_contexts_of_a_picture_share_what_comes_before_they_are_read(changes, shared):
+    config = SMALL.replace(**changes)
+    unet = randomise(UNet(config)).eval()
+    x, t, _ = inputs(config)
+    context, mask = torch.randn(6, 5, 24, generator=torch.Generator().manual_seed(2)), torch.ones(6, 5, dtype=torch.bool)
+    mask[4, 2:] = False
+    c, rows = torch.randn(2, 6) if config.c_dim else None, []
+    twice = lambda y: None if y is None else torch.cat([y, y, y])
+    for layer in (unet.conv_in, *(stage.res or stage.resample for stage in (*unet.down, *unet.mid, *unet.up))):
+        layer.register_forward_hook(lambda _, inputs, output: rows.append(len(inputs[0])))
+    with torch.no_grad():
+        together = unet(x, t, context, mask, c, contexts=3)
+        assert rows == [2] * shared + [6] * (10 - shared)
+        repeated = unet(twice(x), twice(t), context, mask, twice(c))
+        assert together.shape == (6, 4, 8, 8)
+        assert torch.allclose(together, repeated, atol=1e-5)
+        if shared < 10:
+            assert (together[:2] - together[2:4]).abs().max() > 1e-3, "the contexts show"
+            assert torch.allclose(together[2:4], unet(x, t, context[2:4], mask[2:4], c), atol=1e-5)
+
+
+def test_shared_contexts_teach_what_repeated_pictures_teach():
+    gradients = []
+    for k, checkpointing in ((1, False), (2, False), (2, True)):
+        unet, (x, t, context) = randomise(UNet(SMALL)), inputs(SMALL, b=4)
+        unet.gradient_checkpointing = checkpointing
+        unet(x[:2].repeat(3 - k, 1, 1, 1), t[:2].repeat(3 - k), context, contexts=k).pow(2).mean().backward()
+        gradients.append([p.grad.clone() for p in unet.parameters()])
+    for other in gradients[1:]:
+        for one, two in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
 
 
 def test_all_padding_is_finite_and_backward_is_finite():

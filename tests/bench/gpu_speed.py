@@ -34,14 +34,14 @@ PEERS = ("diffusers", "ldm_edu", "diffusers+compiled", "ldm_edu+compiled")
 GRAPHS = ("diffusers", "ldm_edu", "diffusers+cuda-graphs", "ldm_edu+cuda-graphs")
 COMPARISONS = {  # workload, job, batch, settings
     "L-train": ("L", "train", 16, named(TRAIN, "diffusers", "ldm_edu", "diffusers+compiled", "ldm_edu+compiled")),
-    "L-sample-16": ("L", "sample", 16, named(SAMPLE, *PEERS)),
-    "L-sample-1": ("L", "sample", 1, named(SAMPLE, *GRAPHS)),
+    "L-sample-16": ("L", "sample", 16, named(SAMPLE, *PEERS, "ldm_edu+compiled+shared-start")),
+    "L-sample-1": ("L", "sample", 1, named(SAMPLE, *GRAPHS, "ldm_edu+cuda-graphs+shared-start")),
     "Mfull-train": ("Mfull", "train", 64, named(TRAIN, *PEERS)),
     "C-train": ("C", "train", 48, ["diffusers+fp32+math", *named(TRAIN, "diffusers", "ldm_edu+compiled")]),
     "M-train": ("M", "train", 4, named(TRAIN, *GRAPHS)),
-    "M-sample": ("M", "sample", 4, named(SAMPLE, *GRAPHS)),
+    "M-sample": ("M", "sample", 4, named(SAMPLE, *GRAPHS, "ldm_edu+cuda-graphs+shared-start")),
     "S16-train": ("S16", "train", 32, named(TRAIN, *GRAPHS)),
-    "S16-sample": ("S16", "sample", 16, named(SAMPLE, *GRAPHS)),
+    "S16-sample": ("S16", "sample", 16, named(SAMPLE, *GRAPHS, "ldm_edu+cuda-graphs+shared-start")),
 }
 WAVES = (("L-train", "Mfull-train"), ("mfu-64",), ("mfu-96+cuda-graphs",), ("L-sample-16", "L-sample-1"), ("C-train", "M-train", "M-sample", "S16-train", "S16-sample"))  # each fits 139 GiB
 

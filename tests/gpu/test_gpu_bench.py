@@ -21,7 +21,7 @@ def test_contenders_agree_in_float32_and_round_in_half_precision(name, what):
 
 @pytest.mark.parametrize("what", ["train", "sample"])
 def test_the_ready_set_of_a_gpu_runs(what):
-    settings = [s for s in settings_of("gpu", what) if not s.compile] + ([Setting(precision="bf16", keep_context=True)] if what == "sample" else [])
+    settings = [s for s in settings_of("gpu", what) if not s.compile] + ([Setting(precision="bf16", **{field: True}) for field in ("keep_context", "share_start")] if what == "sample" else [])
     result = compare_speed("S8", what, settings, "cuda", rounds=3, batch=4, steps=3)
     assert all(row["peak_mib"] > 0 and 0 <= row["share_of_matrix_rate"] < 1 for row in result["rows"])
     assert max(result["result_difference"].values()) < 0.2
