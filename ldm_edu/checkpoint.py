@@ -6,7 +6,7 @@
 __all__ = ['CHECKPOINT_FORMAT', 'PROGRESS_SECONDS', 'fsync', 'commit_folder', 'CheckpointError', 'file_record', 'plain_tensors',
            'save_checkpoint', 'check_checkpoint', 'load_checkpoint', 'list_checkpoints', 'newest_checkpoint',
            'rotate_checkpoints', 'state_hash', 'LatentDataset', 'latent_batch', 'moments', 'field_arrays',
-           'cache_latents', 'cache_identity', 'items_of', 'encode_batch']
+           'cache_latents', 'check_batch_size', 'cache_identity', 'items_of', 'encode_batch']
 
 # %% ../nbs/08b_checkpoints.ipynb #ed7914de
 """Files that outlive a run: checkpoints that are whole or absent, hashes of weights, latents encoded once.
@@ -287,8 +287,9 @@ def cache_latents(
     encode: images (b, 3, h, w) in [-1, 1] -> latents, `(mean, std)`, or a posterior with `.mean` and `.std`.
     key: identity of the encoder, `state_hash(first_stage)`; with `dataset.fingerprint()` it names the cache inside `folder`.
     flips: encode the mirrored pictures too (flipping a latent is not the latent of the flipped picture).
-    Raises ValueError for flips of a data set that is not `flip_safe`.
+    Raises ValueError for flips of a data set that is not `flip_safe`, and for a batch size below 1.
     """
+    check_batch_size(batch_size)
     info = cache_identity(dataset, key, keys_to_keep, flips, dtype, image_key)
     final = Path(folder) / f"latents-{info['digest']}"
     if int(os.environ.get("RANK", "0")) > 0:  # one process encodes, the others wait for the name
@@ -297,6 +298,12 @@ def cache_latents(
     if not final.exists():
         _encode_all(encode, dataset, final, info, batch_size, progress)
     return LatentDataset(final)
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raise ValueError for a number of pictures that no batch can have."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size!r}, expected an integer, at least 1")
 
 
 def cache_identity(dataset, key: str, keys_to_keep: Sequence[str], flips: bool, dtype: str, image_key: str) -> dict:

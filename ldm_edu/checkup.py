@@ -52,12 +52,15 @@ def see_steps(done: int, config: TrainConfig) -> Finding:
 
 
 def see_falling(rows: Sequence[Mapping]) -> Finding:
-    """Is the loss finite, and does it fall?"""
+    """Is the loss finite and above 0, and does it fall?"""
     losses = torch.tensor([row["loss"] for row in rows], dtype=torch.float64)
-    expected = "finite, and less in the last third of the log than in the first"
+    expected = "finite, above 0, and less in the last third of the log than in the first"
     if not losses.isfinite().all():
         return Finding("training loss", f"not finite at step {rows[int((~losses.isfinite()).nonzero()[0])]['step']}", expected, "sick",
                        "see the run's last words: lower lr, or bf16 for fp16")
+    if (losses <= 0).any():
+        return Finding("training loss", f"{losses.min():g} at step {rows[int((losses <= 0).nonzero()[0])]['step']}", expected, "sick",
+                       "no network is that good: is the target among its inputs, or is nothing compared?")
     if len(losses) < 9:
         return Finding("training loss", "", expected, "not examined", f"the log has {len(losses)} lines with a loss, expected at least 9: "
                        "train longer, or with a smaller log_every")

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .checkpoint import LatentDataset, cache_identity, cache_latents, encode_batch, field_arrays, items_of, latent_batch
+from .checkpoint import LatentDataset, cache_identity, cache_latents, check_batch_size, encode_batch, field_arrays, items_of, latent_batch
 from .core import atomic_path, write_json
 from .shards import ShardFiles, own_turns
 
@@ -65,6 +65,8 @@ class LatentShards(LatentDataset):
 
     def _open(self) -> None:
         info = self.info
+        if "rows" not in info:
+            raise ValueError(f"{self.folder}: got a cache in one file, expected one in shards: checkpoint.LatentDataset opens it")
         paths = [self.folder / shard_name(rows) for rows in shard_rows(len(self), info["rows"])]
         for path, size in zip(paths, info["bytes"], strict=True):
             found = path.stat().st_size if path.exists() else None
@@ -195,6 +197,7 @@ def _layout(final: Path, cuts: Sequence[range], n: int, rows: int) -> dict:
 def latent_cache(encode: Callable[[Tensor], object], dataset, folder: str | os.PathLike, *, key: str, keys_to_keep: Sequence[str] = (), batch_size: int = 64,
                  flips: bool = False, dtype: str = "float32", image_key: str = "image", progress: bool = True) -> LatentDataset:
     """Encode a data set once, as `cache_latents` does: into one file up to `ONE_FILE_BYTES`, into shards beyond. Arguments and errors are the same."""
+    check_batch_size(batch_size)
     info = cache_identity(dataset, key, keys_to_keep, flips, dtype, image_key)
     one = Path(folder) / f"latents-{info['digest']}"
     each = 0 if one.exists() else row_bytes(encode, dataset, info)

@@ -49,7 +49,12 @@ def shard_model(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def hand_over(optimizer: torch.optim.Optimizer, model: nn.Module, other: nn.Module) -> None:
-    """Let an optimiser that has not stepped yet update another model's parameters in place of their namesakes in `model`."""
+    """Let an optimiser that has not stepped yet update another model's parameters in place of their namesakes in `model`.
+
+    Raises ValueError for one that has: its moments would stay behind.
+    """
+    if optimizer.state:
+        raise ValueError(f"optimizer: got one with moments of {len(optimizer.state)} parameters, expected one that has not stepped yet")
     names, theirs = {id(p): name for name, p in model.named_parameters()}, dict(other.named_parameters())
     for group in optimizer.param_groups:
         group["params"] = [theirs[names[id(p)]] for p in group["params"]]

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from .checkpoint import commit_folder
 from .core import atomic_path, derive_seed, read_json, write_text
-from .folders import SUFFIXES, ImageFolder, Pictures, check_captions, class_folders, read_captions, read_image, refuse, tell_fault
+from .folders import SUFFIXES, ImageFolder, Pictures, check_background, check_captions, class_folders, read_captions, read_image, refuse, tell_fault
 from .shards import TEXTS, ShardFiles, ShardOrder, find_shards, holds_shards, own_turns, scan_shard
 
 # %% ../nbs/91d_tar_images.ipynb #1dd3a9d6
@@ -212,8 +212,8 @@ class TarImages(Pictures):
 
     def __init__(self, shards, size=32, captions=None, classes="auto", crop: str = "center", cache="auto", cache_dir=None,
                  background: Sequence[int] = (255, 255, 255), on_error: str = "raise", workers: int | None = None, window: int | None = 8):
-        paths = find_shards(shards)
-        self.root, self.background = Path(os.path.commonpath([path.absolute().parent for path in paths])), tuple(background)
+        self.background, paths = check_background(background), find_shards(shards)
+        self.root = Path(os.path.commonpath([path.absolute().parent for path in paths]))
         labels = [path.absolute().relative_to(self.root).as_posix() for path in paths]
         indices, broken = read_shards(paths, cache_dir, workers)
         found = {f"{labels[i]}/{entry.name}": (i, entry) for i, index in enumerate(indices) for entry in index["entries"]}

@@ -408,6 +408,11 @@ def test_the_log_is_read_past_a_line_that_was_cut(tmp_path):
     assert found.verdict == "sick" and "step 2" in found.measured
 
 
+def test_a_loss_of_exactly_0_is_no_success():
+    found = checkup.see_falling([{"step": 10 * i, "loss": 0.0 if i > 6 else 1.0} for i in range(20)])
+    assert found.verdict == "sick" and found.measured == "0 at step 70"
+
+
 @pytest.mark.parametrize("norms, clip, verdict", [([1.0] * 9 + [20.0], 1.0, "watch"), ([1.0] * 9 + [20.0], 0.0, "sick"), ([1.0] * 10, 0.0, "ok"),
                                                   ([1.0] * 9 + [float("inf")], 1.0, "sick"), ([], 1.0, "not examined")])
 def test_gradients(norms, clip, verdict):

@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import pickle
+import re
 import struct
 import sys
 import types
@@ -135,6 +136,13 @@ def test_background_shows_through_and_counts_in_the_fingerprint(tmp_path):
     white, blue = ImageFolder(tmp_path, 4), ImageFolder(tmp_path, 4, background=(0, 0, 255))
     torch.testing.assert_close(blue[0]["image"].mean((1, 2)), torch.tensor([-1.0, -1.0, 1.0]))
     assert white.fingerprint() != blue.fingerprint()
+
+
+@pytest.mark.parametrize("background", [(1, 2), (0, 0, 256), (0, 0, -1), (0.5, 0.5, 0.5), 255, "white"])
+def test_a_background_that_is_no_colour_is_refused(tmp_path, background):
+    save(tmp_path / "a.png", Image.new("RGBA", (9, 9), (255, 0, 0, 0)))
+    with pytest.raises(ValueError, match=re.escape(f"background: got {background!r}, expected three integers in 0...255")):
+        ImageFolder(tmp_path, 4, background=background)
 
 
 def test_sixteen_bit_rgb_png(tmp_path):

@@ -280,6 +280,17 @@ def test_rows_are_counted_as_in_one_file_and_no_others_are_read(tmp_path):
     assert not (tmp_path / "odd").exists()
 
 
+def test_one_file_is_not_taken_for_shards_and_no_batch_is_empty(tmp_path):
+    cache = one_file(tmp_path)
+    with pytest.raises(ValueError, match="got a cache in one file, expected one in shards: checkpoint.LatentDataset opens it"):
+        LatentShards(cache.folder)
+    for encode in (cache_latents, latent_cache):
+        for wrong in (0, -8, 2.0, True):
+            with pytest.raises(ValueError, match=f"batch_size: got {wrong}, expected an integer, at least 1"):
+                encode(toy.encoder(), toy.Pictures(), tmp_path / "other", key="k", batch_size=wrong, progress=False)
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("arrays, texts", [({"label": np.zeros(2)}, {}), ({"label": np.zeros(4)}, {}), ({}, {"label": ["a"] * 5})])
 def test_a_field_of_another_length_is_not_packed(arrays, texts):
     with pytest.raises(ValueError, match=r"label: got \d rows, expected 3, one for each latent"):

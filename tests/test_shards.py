@@ -303,6 +303,8 @@ def test_the_fingerprint_is_of_names_and_bytes(zoo, tmp_path):
     others = [TarImages(zoo / "moved", 17), TarImages(zoo / "moved", 16, crop="stretch"), TarImages(zoo / "moved", 16, background=(0, 0, 0)),
               TarImages(find_shards(zoo / "moved")[1:], 16)]
     assert len({data.fingerprint() for data in others} | {base}) == 5
+    with pytest.raises(ValueError, match=r"background: got \(1, 2\), expected three integers"):
+        TarImages(zoo / "moved", 16, background=(1, 2))
 
 
 def test_two_processes_share_the_work_and_read_the_same(tmp_path):
