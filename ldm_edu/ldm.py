@@ -122,7 +122,7 @@ def fit_maps(maps: Tensor, x: Tensor) -> Tensor:
         raise ValueError(f"concat: got maps of {h}x{w} for latents of {height}x{width}, expected equal sizes")
     return maps.to(x).expand(-1, -1, *x.shape[-2:])
 
-
+# %% ../nbs/14_ldm.ipynb #14f17a02
 class ConditionalUNet(nn.Module):
     """A UNet and the conditioner trained jointly with it: all parameters that the second stage learns."""
 

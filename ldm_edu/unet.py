@@ -273,8 +273,7 @@ def check_inputs(config: UNetConfig, x: Tensor, t: Tensor, context: Tensor | Non
 class UNet(nn.Module):
     """The denoiser: x (b, in_channels, h, w), t (b,) -> (b, out_channels, h, w), from `UNetConfig`.
 
-    Every stage of `down` (and the input convolution) leaves a skip that one stage of `up` consumes.
-    Set `gradient_checkpointing = True` to trade a third more time for memory.
+    Every stage of `down` and the input convolution leave a skip for a stage of `up`. `gradient_checkpointing = True` trades a third more time for memory.
     """
 
     def __init__(self, config: UNetConfig):
@@ -294,8 +293,7 @@ class UNet(nn.Module):
                 c: Tensor | None = None, contexts: int = 1) -> Tensor:
         """Predict from x at steps t, given context (b, n, context_dim) with optional mask (b, n), and c (b, c_dim).
 
-        `contexts` k > 1: each picture under k contexts, which share all that comes before the first layer that reads one. Context
-        and mask then have k * b rows, the first b for all pictures, then the next b; the answer is that to x, t and c repeated k times.
+        `contexts` k > 1: context and mask have k * b rows, each picture is answered under k of them, and what comes before they are read is shared.
         Raises ValueError when a shape does not fit the config, or a conditioning is missing or not expected.
         """
         check_inputs(self.config, x, t, context, context_mask, c, contexts)

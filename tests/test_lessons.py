@@ -31,6 +31,8 @@ def test_lesson_runs_and_its_exercises_are_sound(path):
     nb = run(path)
     code = [c for c in nb.cells if c.cell_type == "code" and c.source.strip()]
     assert all(c.execution_count for c in code), "a cell was not run"
+    noise = {c.id: o.text for c in code for o in c.outputs if o.get("name") == "stderr"}
+    assert not noise, f"a student sees warnings or logs: {noise}"
     stubs = [c for c in code if "exercise" in c.metadata.get("tags", [])]
     solutions = [c for c in code if "solution" in c.metadata.get("tags", [])]
     assert len(stubs) == len(solutions)
