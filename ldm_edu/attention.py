@@ -139,6 +139,7 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
 
     Yields a dict from the layer's name to a list with one (b, heads, n, m) float32 tensor per call; each row sums to one
     (to zero where all keys are masked). Outputs do not change; it costs the n x m table that the fused kernel avoids.
+    Where several contexts share a picture, b counts the picture once up to the layer that first reads them.
     """
     layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "recorder")}
     before = {name: layer.recorder for name, layer in layers.items()}
@@ -166,23 +167,23 @@ class FeedForward(nn.Module):
 
 # %% ../nbs/06_attention.ipynb #e5b9488a
 def repeat_rows(x: Tensor, rows: int) -> Tensor:
-    """The whole batch x (b, ...) again and again until it has `rows` rows, as `torch.cat([x, x])`; as it is where it has them.
+    """The whole batch x (b, ...) again and again until it has `rows` rows, in x's layout in memory; as it is where it has them.
 
     Raises ValueError where `rows` is no multiple of b.
     """
     if len(x) == rows:
         return x
-    if not len(x) or rows % len(x):
+    if not len(x) or rows < len(x) or rows % len(x):
         raise ValueError(f"got {rows} rows of context for {len(x)} pictures, expected as many for each picture")
-    return x.repeat(rows // len(x), *[1] * (x.ndim - 1))
+    return torch.cat([x] * (rows // len(x)))  # unlike `repeat`, it leaves channels last where they are
 
 
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward, each after a LayerNorm and with a residual: (b, n, dim) -> same.
 
     The order is that of the released code; the paper's Table 16 prints the feed-forward before the cross-attention.
-    Without `context_dim` there is no cross-attention layer. Under a context of k * b rows the answer has k * b rows:
-    the pictures read its first b rows, then all of them the next b, and so on.
+    Without `context_dim` there is no cross-attention layer. With it, a context of k * b rows is answered by k * b rows:
+    all pictures under its first b rows, then all of them under the next b, and so on.
     """
 
     def __init__(self, dim: int, context_dim: int | None = None, heads: int | None = None, head_dim: int | None = None):
@@ -197,7 +198,8 @@ class TransformerBlock(nn.Module):
     def forward(self, tokens: Tensor, context: Tensor | None = None, context_mask: Tensor | None = None) -> Tensor:
         tokens = tokens + self.self_attention(self.norm_self(tokens))
         if self.cross_attention is not None:
-            tokens = repeat_rows(tokens, len(context))  # up to here several contexts can share one picture
+            if len(context) > len(tokens):  # up to here several contexts can share one picture
+                tokens = repeat_rows(tokens, len(context))
             tokens = tokens + self.cross_attention(self.norm_cross(tokens), context, context_mask)
         return tokens + self.feed_forward(self.norm_ff(tokens))
 

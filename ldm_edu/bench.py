@@ -151,7 +151,7 @@ def pass_flops(workload: Workload, what: str) -> int:
 
 
 def job_flops(workload: Workload, what: str, batch: int, steps: int) -> int:
-    """Of one call of the job: training costs three forward passes, a guided sampling step two rows for each picture."""
+    """Of one call of the job: training costs three forward passes, a guided sampling step two rows for each picture, also where their start is shared."""
     times = {"train": 3, "sample": steps * (2 if workload.tokens else 1)}.get(what, 1)
     return pass_flops(workload, what) * batch * times
 

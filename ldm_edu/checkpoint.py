@@ -302,7 +302,7 @@ def cache_latents(
 
 def check_batch_size(batch_size: int) -> None:
     """Raise ValueError for a number of pictures that no batch can have."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+    if isinstance(batch_size, bool) or not hasattr(batch_size, "__index__") or batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size!r}, expected an integer, at least 1")
 
 

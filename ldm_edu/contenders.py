@@ -100,7 +100,7 @@ class Setting:
     search: bool = False  # convolutions: cuDNN times its kernels at the first call of each shape and keeps the fastest
     attention: str = ""  # empty: torch chooses the kernel; else cudnn, flash or math
     keep_context: bool = False  # sampling: keys and values of the context computed at the first step only
-    share_start: bool = False  # sampling: a guided pair is one picture until the context is read, as our models draw
+    share_start: bool = False  # sampling: a guided pair is one picture until the context is read, as models of tokens alone draw
     optimizer: str = "fused"  # AdamW's form: fused, foreach or plain
 
     def __post_init__(self):
@@ -148,8 +148,8 @@ SETS = {  # ready sets of contenders: for a training step, for everything else, 
 }
 
 
-def settings_of(name: str, what: str, guided: bool = True) -> list[Setting]:
-    """A ready set of contenders for a job; `guided`: there is a context to guide by. Raises ValueError for an unknown one."""
+def settings_of(name: str, what: str, guided: bool = False) -> list[Setting]:
+    """A ready set of contenders for a job; `guided`: there is a context to guide by, so that its start can be shared. Raises ValueError for an unknown one."""
     train, rest, more = SETS[check_choice("set", name, SETS)]
     return [Setting.parse(text) for text in (train if what == "train" else (*rest, *more) if what == "sample" and guided else rest)]
 

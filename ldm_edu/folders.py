@@ -20,6 +20,7 @@ import functools
 import hashlib
 import json
 import mmap
+import operator
 import os
 import re
 import warnings
@@ -49,8 +50,11 @@ def resize_image(image: Image.Image, size: tuple[int, int], crop: str = "center"
 # %% ../nbs/01c_folders.ipynb #ee370f23
 def check_background(background: Sequence[int]) -> tuple[int, int, int]:
     """A colour of three integers in 0...255, as a tuple; raises ValueError for anything else."""
-    colour = tuple(background) if isinstance(background, Sequence) else (background,)
-    if len(colour) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in colour):
+    try:
+        colour = tuple(operator.index(part) for part in background)
+    except TypeError:  # no sequence, or not of integers
+        colour = ()
+    if len(colour) != 3 or not 0 <= min(colour) <= max(colour) <= 255:
         raise ValueError(f"background: got {background!r}, expected three integers in 0...255, red, green and blue")
     return colour
 
@@ -64,7 +68,7 @@ def to_rgb(image: Image.Image, background: Sequence[int] = (255, 255, 255)) -> I
         image = Image.fromarray((values * (255.0 / top)).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*check_background(background), 255)), image)
     return image.convert("RGB")
 
 # %% ../nbs/01c_folders.ipynb #18acee33

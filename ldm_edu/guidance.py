@@ -82,7 +82,7 @@ class GuidedModel:
         guidance_scale: float = 1.0,  # 1 = off
         rescale: float = 0.0,  # phi of `rescale_guidance`, 0 = off
         interval: tuple[int, int] | None = None,  # guide only where low <= t < high; None: at all steps
-        shares: bool = False,  # hand over x once, with both conditions: model(x, t, the pair, 2) -> the null's rows, then the condition's
+        shares: bool = False,  # ask model(x, t, both conditions, 2), x once: the null's rows, then the condition's (ldm.ConditionalUNet.denoise)
     ):
         _check_guidance(condition, null, guidance_scale, rescale, interval)
         self.model, self.condition, self.null, self.guidance_scale = model, condition, null, float(guidance_scale)
@@ -95,6 +95,8 @@ class GuidedModel:
         if self.pair is None:
             return self.model(x, t, self.condition if self.guidance_scale == 1 else self.null)
         pair = self.model(x, t, self.pair, 2) if self.shares else self.model(torch.cat([x, x]), torch.cat([t, t]), self.pair)
+        if len(pair) != 2 * len(x):
+            raise ValueError(f"model: got {len(pair)} rows for {len(x)} under two conditions, expected {2 * len(x)}")
         e_u, e_c = pair.chunk(2)
         guided = guide(e_u, e_c, self.guidance_scale)
         return rescale_guidance(guided, e_c, self.rescale) if self.rescale else guided

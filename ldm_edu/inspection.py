@@ -111,7 +111,7 @@ def read_recipe(said: str | Path | LDMConfig | AutoencoderConfig | None) -> str 
         raise ValueError(f"config: got {str(said)!r}, expected a config.json of this library, its folder, or one of {names}") from err
     values = _read_object(file)
     kinds = {"first-stage": AutoencoderConfig, "latent-diffusion": LDMConfig}
-    kind = kinds[check_choice(f"{file}: kind", values.get("kind"), kinds)]
+    kind = kinds[check_choice(f"{file}: kind", values.get("kind", "latent-diffusion" if "unet" in values else None), kinds)]
     known = with_encoder(values, file.parent)
     return kind.from_dict({name: value for name, value in known.items() if name not in ("kind", "shared_first_stage")})
 

@@ -133,8 +133,8 @@ class ConditionalUNet(nn.Module):
     def denoise(self, x_t: Tensor, t: Tensor, condition: Condition, conditions: int = 1) -> Tensor:
         """The UNet's raw output for noised latents (b, c, h, w), steps (b,) and an encoded condition.
 
-        `conditions` k > 1: all latents under k conditions, whose rows follow one another; k * b rows come back. Where they differ
-        in their tokens alone, the network shares what comes before these are read.
+        `conditions` k > 1: all latents under k conditions, whose rows follow one another; k * b rows come back. Conditions of tokens
+        alone, without a vector or maps, share what the network computes before it reads them.
         """
         if conditions > 1 and (condition.context is None or condition.concat is not None or condition.c is not None):
             x_t, t, conditions = repeat_rows(x_t, conditions * len(x_t)), repeat_rows(t, conditions * len(t)), 1

@@ -53,8 +53,8 @@ def hand_over(optimizer: torch.optim.Optimizer, model: nn.Module, other: nn.Modu
 
     Raises ValueError for one that has: its moments would stay behind.
     """
-    if optimizer.state:
-        raise ValueError(f"optimizer: got one with moments of {len(optimizer.state)} parameters, expected one that has not stepped yet")
+    if moments := sum(map(bool, optimizer.state.values())):
+        raise ValueError(f"optimizer: got one with moments of {moments} parameters, expected one that has not stepped yet")
     names, theirs = {id(p): name for name, p in model.named_parameters()}, dict(other.named_parameters())
     for group in optimizer.param_groups:
         group["params"] = [theirs[names[id(p)]] for p in group["params"]]
@@ -120,12 +120,12 @@ def keep_freed_memory(largest: int = 2**25) -> bool:
     Returns whether it will: False on systems with another C library. The setting lasts for the rest of the process.
     Raises ValueError for another number of bytes: C would take its last 32 bits, and a threshold of 0 slows every block down.
     """
-    if not isinstance(largest, int) or not 0 < largest <= 2**25:
+    if isinstance(largest, bool) or not hasattr(largest, "__index__") or not 0 < largest <= 2**25:
         raise ValueError(f"largest: got {largest!r}, expected an integer from 1 to {2**25:,} (bytes)")
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return False
     threshold, trim = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
-    return bool(libc.mallopt(threshold, largest) and libc.mallopt(trim, 2**31 - 1))
+    return bool(libc.mallopt(threshold, int(largest)) and libc.mallopt(trim, 2**31 - 1))
 
 # %% ../nbs/94b_processes.ipynb #24bdb601
 def is_first() -> bool:

@@ -72,7 +72,7 @@ def for_sampling(model: LatentDiffusion, precision: str = "auto", compile: str =
 
     `precision`: "fp32", "bf16", "fp16", or "auto": bf16 where the device multiplies in it (`training.choose_precision`). `compile`: a mode of
     torch.compile: "default", or "reduce-overhead", which on a GPU records CUDA graphs; "" does not compile. It takes a minute or more
-    at the first batch of each size. The weights are rounded for good: to train on, load the model again.
+    at the first batch of each size, guided and not. The weights are rounded for good: to train on, load the model again.
     Raises ValueError for unknown names, and for fp16 on a CPU.
     """
     check_choice("precision", precision, ("auto", "fp32", "bf16", "fp16"))

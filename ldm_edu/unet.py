@@ -247,7 +247,7 @@ def check_inputs(config: UNetConfig, x: Tensor, t: Tensor, context: Tensor | Non
                  c: Tensor | None, contexts: int = 1) -> None:
     """Raise ValueError, with the numbers, when the inputs of `UNet.forward` do not fit its config."""
     if contexts < 1 or (contexts > 1 and context is None):
-        raise ValueError(f"contexts: got {contexts} {'without a context' if context is None else 'for each picture'}, expected at least 1 and, without a context, 1")
+        raise ValueError(f"contexts: got {contexts}, expected at least 1" if context is not None else f"contexts: got {contexts} without a context, expected 1")
     check_shape("x", x, "b c h w", c=config.in_channels)
     (b, _, h, w), factor = x.shape, config.downsample_factor
     check_shape("t", t, "b", b=b)
@@ -293,7 +293,7 @@ class UNet(nn.Module):
                 c: Tensor | None = None, contexts: int = 1) -> Tensor:
         """Predict from x at steps t, given context (b, n, context_dim) with optional mask (b, n), and c (b, c_dim).
 
-        `contexts` k > 1: context and mask have k * b rows, each picture is answered under k of them, and what comes before they are read is shared.
+        `contexts` k > 1: k * b rows of context and mask, for all pictures under the first b, then under the next b; what comes before they are read is shared.
         Raises ValueError when a shape does not fit the config, or a conditioning is missing or not expected.
         """
         check_inputs(self.config, x, t, context, context_mask, c, contexts)
@@ -306,7 +306,7 @@ class UNet(nn.Module):
             skips.append(h)
         for stage in self.mid:
             h = run(stage, h, emb, context, context_mask)
-            emb = repeat_rows(emb, len(h))
+            emb = repeat_rows(emb, len(h))  # who reads, reads on the way down or in the middle first
         for stage in self.up:
             h = run(stage, torch.cat([h, repeat_rows(skips.pop(), len(h))], dim=1), emb, context, context_mask)
         return repeat_rows(self.conv_out(F.silu(self.norm_out(h))), contexts * len(x))

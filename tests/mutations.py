@@ -128,7 +128,7 @@ MUTATIONS = (
        "self.condition if self.guidance_scale == 1", "self.condition if self.guidance_scale == 0",
        "test_guidance.py::test_scale_one_is_the_conditional_and_zero_the_unconditional"),
     _m(4, "a picture under two contexts is doubled row by row where the contexts follow one another", "attention.repeat_rows",
-       "x.repeat(rows // len(x), *[1] * (x.ndim - 1))", "x.repeat_interleave(rows // len(x), 0)",
+       "torch.cat([x] * (rows // len(x)))", "x.repeat_interleave(rows // len(x), 0)",
        "test_ldm.py::test_guided_drawing_equals_drawing_with_doubled_batches"),
     # 5 DDIM's direction
     _m(5, "the direction's coefficient forgets sigma squared", "samplers.ddim",

@@ -182,13 +182,18 @@ def test_several_contexts_share_a_picture_until_they_are_read():
     shared = layer(x, context, mask)
     assert rows == [2, 6, 6]
     torch.testing.assert_close(shared, layer(torch.cat([x, x, x]), context, mask))
+    torch.testing.assert_close(layer(x, context[:1]), layer(x, context[:1].repeat(2, 1, 1)), msg="one context for all, as ever")
+    with pytest.raises(ValueError, match="got 3 rows of context for 2 pictures"):
+        layer(x, context[:3])
 
 
 def test_rows_are_repeated_as_a_whole():
     x = torch.arange(6.0).reshape(2, 3)
     assert torch.equal(repeat_rows(x, 6), torch.cat([x, x, x])) and repeat_rows(x, 2) is x
     assert repeat_rows(x[:0], 0).shape == (0, 3)
-    for rows in (1, 3):
+    image = torch.randn(2, 4, 3, 3).to(memory_format=torch.channels_last)
+    assert repeat_rows(image, 4).is_contiguous(memory_format=torch.channels_last)
+    for rows in (0, 1, 3, -2):
         with pytest.raises(ValueError, match=f"got {rows} rows of context for 2 pictures"):
             repeat_rows(x, rows)
     with pytest.raises(ValueError, match="got 2 rows of context for 0 pictures"):

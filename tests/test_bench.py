@@ -118,14 +118,14 @@ def test_wrong_values_of_settings_are_refused(values):
 
 def test_ready_sets_begin_with_the_peer_and_hold_both_libraries():
     for name, what in itertools.product(SETS, ("train", "sample", "decode")):
-        settings = settings_of(name, what)
+        settings = settings_of(name, what, guided=True)
         assert settings[0].library == "diffusers" and {s.library for s in settings} == {"ldm_edu", "diffusers"}
         assert all(s.optimizer == "fused" for s in settings) and len(set(settings)) == len(settings)
         if name != "cpu-compiled":  # there the peer's plain form is what both compiled ones are measured by
             ways = [{s.name.split("+", 1)[1].replace("+shared-start", "") for s in settings if s.library == library} for library in ("diffusers", "ldm_edu")]
             assert ways[0] == ways[1], "every way that we try, the peer tries"
         assert any(s.share_start for s in settings) == (what == "sample"), "sharing the start is for guided sampling alone"
-        assert not any(s.share_start for s in settings_of(name, what, guided=False))
+        assert [s for s in settings if not s.share_start] == settings_of(name, what), "without a context there is nothing to share"
     assert all(s.precision != "bf16" for name in SETS for s in settings_of(name, "train")), "training needs weights in float32"
     with pytest.raises(ValueError, match="set: got 'tpu'"):
         settings_of("tpu", "train")

@@ -130,6 +130,15 @@ def test_what_has_no_layout_is_compiled_as_it_is(net, shape):
     torch._dynamo.reset()
 
 
+def test_transposed_convolutions_are_laid_out_too_and_inputs_may_be_missing():
+    net = Upward().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last)
+    assert misplaced(net, x, None) == {"convolutions": 2, "inputs": 2, "gradients": 0}
+    assert misplaced(channels_last(net), x, None) == {"convolutions": 2, "inputs": 0, "gradients": 0}
+    with norms_as_on_cuda():
+        assert not nn.functional.group_norm(input=x, num_groups=2).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_what_cannot_be_counted_is_refused():
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
     with pytest.raises(ValueError, match="net: got a Conv2d without a parameter that is trained"):
@@ -148,3 +157,16 @@ class Pair(Named):
 
     def forward(self, x):
         return self.conv(x), 1
+
+
+class Upward(nn.Module):
+    """A norm before each of two convolutions, the second a transposed one, and an input that may be missing."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv = nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3, padding=1)
+        self.again, self.up = nn.GroupNorm(2, 4), nn.ConvTranspose2d(4, 4, 2, stride=2)
+
+    def forward(self, x, more):
+        h = self.conv(self.norm(x if more is None else x + more))
+        return self.up(self.again(h))

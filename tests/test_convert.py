@@ -19,7 +19,7 @@ from ldm_edu import inspection as I
 from ldm_edu import weights as W
 from ldm_edu.autoencoder import AUTOENCODERS
 from ldm_edu.keymaps import first_stage_entries, from_ours, unet_entries
-from ldm_edu.ldm import load, load_first_stage, save
+from ldm_edu.ldm import find_model, load, load_first_stage, save
 from ldm_edu.quantize import make_first_stage
 from ldm_edu.superres import LowResConditioner
 from ldm_edu.unet import UNETS, UNet, UNetConfig
@@ -491,6 +491,10 @@ def test_a_recipe_is_not_made_up(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(values))
         with pytest.raises(ValueError, match=f"config.json: kind: got {got}, expected one of 'first-stage', 'latent-diffusion'"):
             I.read_recipe(tmp_path / "config.json")
+    config = find_model("scenes-text") / "config.json"
+    values = {name: value for name, value in json.loads(config.read_text()).items() if name not in ("kind", "shared_first_stage")}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert I.read_recipe(tmp_path / "config.json") == I.read_recipe(config), "what `to_dict` gives says no kind"
     torch.save({"state_dict": 5}, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match="x.ckpt: got a state_dict of type int, expected tensors by name"):
         I.inspect_model(tmp_path / "x.ckpt")

@@ -141,8 +141,15 @@ def test_background_shows_through_and_counts_in_the_fingerprint(tmp_path):
 @pytest.mark.parametrize("background", [(1, 2), (0, 0, 256), (0, 0, -1), (0.5, 0.5, 0.5), 255, "white"])
 def test_a_background_that_is_no_colour_is_refused(tmp_path, background):
     save(tmp_path / "a.png", Image.new("RGBA", (9, 9), (255, 0, 0, 0)))
-    with pytest.raises(ValueError, match=re.escape(f"background: got {background!r}, expected three integers in 0...255")):
-        ImageFolder(tmp_path, 4, background=background)
+    for read in (lambda: ImageFolder(tmp_path, 4, background=background), lambda: read_image(tmp_path / "a.png", None, background)):
+        with pytest.raises(ValueError, match=re.escape(f"background: got {background!r}, expected three integers in 0...255")):
+            read()
+
+
+def test_a_background_may_be_any_three_integers(tmp_path):
+    save(tmp_path / "a.png", Image.new("RGBA", (9, 9), (255, 0, 0, 0)))
+    alike = [ImageFolder(tmp_path, 4, background=colour) for colour in ((0, 1, 255), [0, 1, 255], np.array([0, 1, 255], np.uint8), (False, True, 255))]
+    assert len({data.fingerprint() for data in alike}) == 1 and alike[0].background == (0, 1, 255)
 
 
 def test_sixteen_bit_rgb_png(tmp_path):

@@ -143,6 +143,8 @@ def test_a_model_that_shares_sees_each_picture_once(setting):
         assert_close(GuidedModel(shares, condition, null, 3.0, shares=True, **options)(x, t), GuidedModel(model, condition, null, 3.0, **options)(x, t))
     assert seen == [(5, 5, 10, 2)] * 3 + [(5, 5, 5, 1)], "the pair, and outside the interval the condition alone"
     assert torch.equal(GuidedModel(shares, condition, null, 1.0, shares=True)(x, t), model(x, t, condition))
+    with pytest.raises(ValueError, match="model: got 5 rows for 5 under two conditions, expected 10"):
+        GuidedModel(lambda x, t, both, conditions: x, condition, null, 3.0, shares=True)(x, t)
 
 
 def test_negative_prompt_is_another_null(setting):

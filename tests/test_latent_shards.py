@@ -289,6 +289,7 @@ def test_one_file_is_not_taken_for_shards_and_no_batch_is_empty(tmp_path):
             with pytest.raises(ValueError, match=f"batch_size: got {wrong}, expected an integer, at least 1"):
                 encode(toy.encoder(), toy.Pictures(), tmp_path / "other", key="k", batch_size=wrong, progress=False)
     assert not (tmp_path / "other").exists()
+    assert len(cache_latents(toy.encoder(), toy.Pictures(), tmp_path / "other", key="k", batch_size=np.int64(8), progress=False)) == len(toy.Pictures())
 
 
 @pytest.mark.parametrize("arrays, texts", [({"label": np.zeros(2)}, {}), ({"label": np.zeros(4)}, {}), ({}, {"label": ["a"] * 5})])

@@ -325,7 +325,7 @@ def test_other_systems_are_left_alone(monkeypatch):
     assert processes.keep_freed_memory() is False
 
 
-@pytest.mark.parametrize("largest", [0, -5, 2**25 + 1, 2**40, "1", 1.5])
+@pytest.mark.parametrize("largest", [0, -5, 2**25 + 1, 2**40, "1", 1.5, True])
 def test_a_threshold_that_c_would_cut_is_refused(largest):
     with pytest.raises(ValueError, match="largest: got .*, expected an integer from 1 to 33,554,432"):
         processes.keep_freed_memory(largest)
@@ -335,7 +335,8 @@ def test_an_optimiser_that_has_stepped_is_not_handed_over():
     net, other = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
     processes.hand_over(optimizer, net, other)
-    assert optimizer.param_groups[0]["params"][0] is other.weight
+    assert optimizer.param_groups[0]["params"][0] is other.weight and not optimizer.state[other.weight], "looking at the state makes an entry, no moments"
+    processes.hand_over(optimizer, other, net), processes.hand_over(optimizer, net, other)
     other(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     with pytest.raises(ValueError, match="got one with moments of 2 parameters, expected one that has not stepped yet"):
