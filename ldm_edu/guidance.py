@@ -67,11 +67,9 @@ def _check_guidance(condition, null, guidance_scale: float, rescale: float, inte
 class GuidedModel:
     """A conditional model with its condition, its null and a scale folded in: a plain `model(x, t)` for any sampler.
 
-    Works for eps-, x0- and v-models: all three are linear in each other at fixed x_t. One call makes one doubled
-    batch, except at scale 1 (the conditional model exactly) and 0 (the unconditional exactly), which need no double;
-    a model that `shares` doubles its batch itself, as late as it can.
-    A negative prompt is another `null`. Raises ValueError for a scale that is not finite, a null that is missing, or
-    options out of range.
+    Works for eps-, x0- and v-models: all three are linear in each other at fixed x_t. One call makes one doubled batch, except at scale 1
+    (the conditional model exactly) and 0 (the unconditional exactly), which need no double; a model that `shares` doubles its batch itself, as
+    late as it can. A negative prompt is another `null`. Raises ValueError for a scale that is not finite, a null that is missing, or options out of range.
     """
 
     def __init__(
