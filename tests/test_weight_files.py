@@ -115,6 +115,7 @@ class Program(torch.nn.Module):
         return x
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:'torch.load' received a zip file:UserWarning")
 def test_a_program_is_refused_and_not_run(tmp_path, capfd):
     """torch.load hands TorchScript archives to another reader, which runs them."""
     torch.jit.save(torch.jit.script(Program()), str(tmp_path / "m.ckpt"))
