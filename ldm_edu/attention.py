@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['attention_by_loops', 'attention_weights', 'attend', 'split_width', 'SelfAttention', 'CrossAttention',
-           'record_attention', 'FeedForward', 'repeat_rows', 'TransformerBlock', 'zero_init', 'SpatialTransformer',
-           'AttentionBlock']
+           'record_attention', 'HalvedLinear', 'FeedForward', 'repeat_rows', 'TransformerBlock', 'zero_init',
+           'SpatialTransformer', 'AttentionBlock']
 
 # %% ../nbs/06_attention.ipynb #187a8866
 """Attention over tokens: self, cross, feed-forward, the spatial transformer of latent diffusion.
@@ -112,7 +112,8 @@ class CrossAttention(nn.Module):
     """Picture tokens (b, n, dim) read context tokens (b, m, context_dim): the paper's equation of section 3.3.
 
     `context_mask` (b, m) is True at real tokens; padding is never read, and a picture whose context is all
-    padding gets zeros. Queries come from the picture, keys and values from the context.
+    padding gets zeros. Queries come from the picture, keys and values from the context. A single token without a mask
+    is read whole by every place: where no gradient is asked for, its one answer is computed once.
     """
 
     def __init__(self, dim: int, context_dim: int, heads: int | None = None, head_dim: int | None = None):
@@ -124,8 +125,10 @@ class CrossAttention(nn.Module):
         self.recorder = None
 
     def forward(self, tokens: Tensor, context: Tensor, context_mask: Tensor | None = None) -> Tensor:
-        q = rearrange(self.to_q(tokens), "b n (heads d) -> b heads n d", heads=self.heads)
         k, v = rearrange(self.to_kv(context), "b m (two heads d) -> two b heads m d", two=2, heads=self.heads)
+        if context.shape[1] == 1 and context_mask is None and self.recorder is None and not torch.is_grad_enabled():
+            return self.to_out(rearrange(v, "b heads m d -> b m (heads d)")).expand_as(tokens)  # see "A single token", below
+        q = rearrange(self.to_q(tokens), "b n (heads d) -> b heads n d", heads=self.heads)
         mask = None if context_mask is None else context_mask[:, None, None, :]
         if self.recorder is not None:
             self.recorder.append(attention_weights(q, k, mask).detach())
@@ -153,16 +156,32 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
             layer.recorder = before[name]
 
 # %% ../nbs/06_attention.ipynb #285fc773
+class HalvedLinear(nn.Module):
+    """A linear layer that answers in two halves: (..., dim) -> two of (..., out / 2), what `chunk` would give, each with memory of its own.
+
+    Weights and keys are those of `nn.Linear(dim, out)`. It is none, so that no tool which expects one tensor of it takes it for one.
+    """
+
+    def __init__(self, dim: int, out: int):
+        super().__init__()
+        whole = nn.Linear(dim, out)
+        self.weight, self.bias = whole.weight, whole.bias
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        (first, second), (b1, b2) = self.weight.chunk(2), self.bias.chunk(2)
+        return F.linear(x, first, b1), F.linear(x, second, b2)
+
+
 class FeedForward(nn.Module):
     """Each token on its own: widen by `mult` with a GELU gate, then narrow again [GLU variants, GEGLU]."""
 
     def __init__(self, dim: int, mult: int = 4):
         super().__init__()
-        self.widen = nn.Linear(dim, 2 * mult * dim)  # values and gates in one product
+        self.widen = HalvedLinear(dim, 2 * mult * dim)  # values, then gates
         self.narrow = nn.Linear(mult * dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        values, gates = self.widen(tokens).chunk(2, dim=-1)
+        values, gates = self.widen(tokens)
         return self.narrow(values * F.gelu(gates))
 
 # %% ../nbs/06_attention.ipynb #e5b9488a

@@ -52,8 +52,8 @@ def count_parameters(config: UNetConfig) -> int:
 
 @functools.lru_cache
 def forward_flops(config: UNetConfig, side: int, tokens: int = 0) -> int:
-    """Floating-point operations of one row's forward pass (a multiplication and an addition are two), for latents of `side` cells a side."""
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    """Floating-point operations of one row's forward pass (a multiplication and an addition are two), for latents of `side` cells a side, as training makes it."""
+    with torch.device("meta"), torch.enable_grad(), FlopCounterMode(display=False) as counter:
         UNet(config)(**meta_inputs(config, side, tokens))
     return counter.get_total_flops()
 

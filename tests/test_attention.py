@@ -1,12 +1,14 @@
 """Attention: loops = einsum = fused, masks, symmetries, gradients, recording, historical bugs 15, 16 and 18."""
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ldm_edu.attention import (
     AttentionBlock,
     CrossAttention,
     FeedForward,
+    HalvedLinear,
     SelfAttention,
     SpatialTransformer,
     TransformerBlock,
@@ -155,10 +157,47 @@ def test_epsilons_of_the_norms():
 def test_geglu_against_the_formula():
     torch.manual_seed(0)
     layer, tokens = FeedForward(3), torch.randn(2, 4, 3)
-    values, gates = layer.widen(tokens)[..., :12], layer.widen(tokens)[..., 12:]
+    values, gates = F.linear(tokens, layer.widen.weight, layer.widen.bias).split(12, dim=-1)
     exact = gates * 0.5 * (1 + torch.erf(gates / 2**0.5))
     torch.testing.assert_close(layer(tokens), layer.narrow(values * exact))
     assert sum(p.numel() for p in layer.parameters()) == 3 * 24 + 24 + 12 * 3 + 3
+
+
+def test_halves_are_those_of_one_product_and_lie_in_one_piece():
+    torch.manual_seed(0)
+    halved, x = HalvedLinear(5, 8), torch.randn(2, 3, 5, requires_grad=True)
+    whole = nn.Linear(5, 8)
+    whole.load_state_dict(halved.state_dict())
+    halves, chunks = halved(x), whole(x).chunk(2, dim=-1)
+    assert all(half.is_contiguous() for half in halves) and not chunks[0].is_contiguous()
+    for half, chunk in zip(halves, chunks, strict=True):
+        torch.testing.assert_close(half, chunk)
+    grads = [torch.autograd.grad(a.square().sum() + b.sin().sum(), (x, layer.weight, layer.bias)) for layer, (a, b) in ((halved, halves), (whole, chunks))]
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_a_single_token_is_read_once_where_nobody_asks_for_gradients(heads):
+    """A softmax over one key is 1: the same answers as by the kernel, without queries."""
+    torch.manual_seed(0)
+    layer, tokens, context = CrossAttention(8, 6, heads), torch.randn(2, 5, 8), torch.randn(2, 1, 6)
+    queries = []
+    layer.to_q.register_forward_hook(lambda *_: queries.append(1))
+    slow = layer(tokens, context)
+    assert slow.requires_grad and len(queries) == 1
+    with torch.no_grad():
+        fast = layer(tokens, context)
+        assert len(queries) == 1 and fast.shape == slow.shape
+        torch.testing.assert_close(fast, slow)
+        padded = layer(tokens, context, torch.tensor([[True], [False]]))  # a mask may say that the one token is padding
+        torch.testing.assert_close(padded[0], slow[0])
+        assert torch.equal(padded[1], torch.zeros(5, 8)) and len(queries) == 2
+        layer(tokens, torch.cat([context, context], dim=1))
+        assert len(queries) == 3
+        with record_attention(layer) as maps:
+            torch.testing.assert_close(layer(tokens, context), slow)
+    assert torch.equal(maps[""][0], torch.ones(2, heads, 5, 1)) and len(queries) == 4
 
 
 def test_transformer_block_is_self_then_cross_then_feed_forward():

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ldm_edu import bench, cli, contenders
+from ldm_edu.attention import HalvedLinear
 from ldm_edu.autoencoder import AutoencoderConfig
 from ldm_edu.bench import (
     check_clock,
@@ -450,10 +451,10 @@ def counted_by_hand(net, call) -> int:
     total, handles = [0], []
 
     def hook(layer, given, out):
-        per_output = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]
-        total[0] += 2 * out.numel() * per_output
+        per_output = layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1] if isinstance(layer, nn.Conv2d) else layer.weight.shape[1]
+        total[0] += 2 * sum(half.numel() for half in (out if isinstance(out, tuple) else [out])) * per_output
     for layer in net.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+        if isinstance(layer, (nn.Conv2d, nn.Linear, HalvedLinear)):
             handles.append(layer.register_forward_hook(hook))
     attention = nn.functional.scaled_dot_product_attention
 
@@ -462,7 +463,7 @@ def counted_by_hand(net, call) -> int:
         return attention(q, k, v, **options)
     nn.functional.scaled_dot_product_attention = attend
     try:
-        with torch.no_grad():
+        with torch.enable_grad():  # as in training: a single token is asked, too
             call()
     finally:
         nn.functional.scaled_dot_product_attention = attention
