@@ -301,7 +301,7 @@ class Pictures(Dataset):
 
     read: function of (index, (h, w)) that returns an RGB picture. identity: one string per picture, for `fingerprint`.
     size: h = w or (h, w), in pixels. crop: "center" or "stretch". cache: keep the bytes in memory, "auto" up to 1 GiB.
-    labels, class_names, captions: lists or None. `flip_safe`: whether mirroring keeps all captions true.
+    labels, class_names, captions: lists or None. `flip_safe`: whether mirroring keeps all captions and names of classes true.
     """
 
     def __init__(self, read: Callable, identity: Sequence[str], size=32, crop: str = "center", cache="auto", labels=None,
@@ -311,7 +311,8 @@ class Pictures(Dataset):
         self.read, self.identity, self.size = read, list(identity), as_size(size)
         self.crop = check_choice("crop", crop, ("center", "stretch"))
         self.labels, self.class_names, self.captions = labels, class_names, captions
-        self.flip_safe = not any(re.search(r"\b(left|right)", text, re.IGNORECASE) for text in captions or ())
+        said = (*(captions or ()), *(class_names or ()))
+        self.flip_safe = not any(re.search(r"(?<![a-z])(left|right)", text, re.IGNORECASE) for text in said)
         shape = (3, *self.size)
         small = len(self) * int(np.prod(shape)) <= CACHE_BYTES
         self._cache = ByteCache(len(self), shape) if cache is True or (cache == "auto" and small) else None

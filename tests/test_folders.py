@@ -640,6 +640,14 @@ def test_flip_safe(tmp_path, caption, safe):
     assert ImageFolder(tmp_path, 8).flip_safe is True
 
 
+@pytest.mark.parametrize("names, safe", [(("left_turn", "ahead"), False), (("turn_Right", "ahead"), False), (("bright", "cleft"), True)])
+def test_names_of_classes_may_say_left_and_right(tmp_path, names, safe):
+    for name in names:
+        save(tmp_path / name / "a.png")
+    data = ImageFolder(tmp_path, 8)
+    assert data.flip_safe is safe and ImageFolder(tmp_path, 8, classes=False).flip_safe is True
+
+
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
