@@ -11,6 +11,7 @@ __all__ = ['FILES', 'PLACES', 'SIZES', 'find_clip', 'clip_config', 'fill_clip', 
 
 The encoder is no part of the model's parameters: it is not trained, not averaged, not saved. It is found again by name and checked by hash.
 """
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .checkpoint import state_hash
-from .clip_text import ClipText, ClipTextConfig, ClipTokenizer, clip_weights
+from .clip_text import ClipText, ClipTextConfig, ClipTokenizer, check_ids, clip_weights
 from .conditioning import CONDITIONERS, Condition, Conditioner, check_prompts, read_key
 from .core import Config, atomic_path, check_shape, read_json, write_json, write_text
 from .weight_files import own_tensors, read_folder, weight_file
@@ -93,6 +94,12 @@ def _clip_tensors(folder: Path, given: Mapping[str, Tensor] | None) -> dict[str,
     return weights
 
 # %% ../nbs/96b_frozen_text.ipynb #479df56a
+def _check_words(encoder: ClipText, tokenizer: ClipTokenizer) -> None:
+    """Raise ValueError for a tokenizer that gives numbers of which the encoder knows nothing: once, for on a GPU nobody looks at each batch."""
+    if (most := max(tokenizer.vocabulary.values())) >= encoder.config.vocabulary:
+        raise ValueError(f"its tokenizer gives numbers up to {most}, expected below {encoder.config.vocabulary}")
+
+
 def load_clip(name: str, weights: Mapping[str, Tensor] | None = None) -> tuple[ClipText, ClipTokenizer]:
     """A CLIP text encoder, in evaluation mode and frozen, and its tokenizer, by the hub's name or by folder (plain, or of a diffusers pipeline).
 
@@ -106,8 +113,7 @@ def load_clip(name: str, weights: Mapping[str, Tensor] | None = None) -> tuple[C
         with torch.device("meta"):
             encoder = ClipText(clip_config(read_json(place / "config.json")) if known else ClipTextConfig())  # a checkpoint's is Stable Diffusion's
         tokenizer = ClipTokenizer.from_folder(words)
-        if (most := max(tokenizer.vocabulary.values())) >= encoder.config.vocabulary:
-            raise ValueError(f"its tokenizer gives numbers up to {most}, expected below {encoder.config.vocabulary}")
+        _check_words(encoder, tokenizer)
         return fill_clip(encoder, _clip_tensors(place, weights)), tokenizer
     except (OSError, ValueError) as err:
         raise ValueError(f"text encoder {name!r}: expected the name of a CLIP model on the hub, or a folder with its config.json, "
@@ -161,14 +167,16 @@ class FrozenTextConditioner(Conditioner):
     config_class, keys = FrozenTextConfig, ("caption",)
 
     def __init__(self, config: FrozenTextConfig, clip: tuple[ClipText, ClipTokenizer] | None = None):
-        encoder, self.tokenizer = clip or load_clip(config.model)
+        encoder, tokenizer = clip or load_clip(config.model)
+        _check_words(encoder, tokenizer)
         mark, width, longest = state_hash(encoder), encoder.config.width, encoder.config.max_length
         if config.mark not in ("", mark):
             raise ValueError(f"text encoder {config.model!r}: got weights {mark}, expected {config.mark}, which this model was trained with")
         if not 3 <= config.max_length <= longest:
             raise ValueError(f"max_length: got {config.max_length}, expected 3 to {longest} tokens")
         super().__init__(config.replace(mark=mark), context_dim=width, c_dim=width if config.pooled else None)
-        self._encoder = [encoder]
+        self._encoder, self.tokenizer = [encoder], tokenizer
+        self.register_buffer("silence", tokenizer.rows([""], config.max_length), persistent=False)  # the null's numbers, where they are needed
         self.anchor = nn.Parameter(torch.empty(0), requires_grad=False)
         self.pool = nn.Linear(width, width) if config.pooled else None
 
@@ -176,6 +184,13 @@ class FrozenTextConditioner(Conditioner):
     def clip(self) -> tuple[ClipText, ClipTokenizer]:
         """The encoder and its tokenizer."""
         return self._encoder[0], self.tokenizer
+
+    def __deepcopy__(self, memo: dict) -> "FrozenTextConditioner":
+        """A copy with the same encoder, which nobody changes: an average and a shared-out model need no second one."""
+        memo |= {id(part): part for part in (self._encoder[0], self.tokenizer)}
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     @torch.no_grad()
     def encode(self, ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,14 +200,15 @@ class FrozenTextConditioner(Conditioner):
 
     def forward(self, batch: Mapping) -> Condition:
         given = batch["token_ids"] if "token_ids" in batch else self.tensors(batch)["token_ids"]
-        ids = check_shape("token_ids", given, "b n", n=self.config.max_length).to(self.device).long()
+        given = check_shape("token_ids", torch.as_tensor(given), "b n", n=self.config.max_length)
+        ids = check_ids(given, self._encoder[0].config).to(self.device).long()
         end = (ids == self.tokenizer.vocabulary[self.tokenizer.end]).int().argmax(1, keepdim=True)  # the first: padding is written as ends, too
         real = torch.arange(ids.shape[1], device=ids.device) <= end
         context, last = self.encode(ids, real)
         return Condition(context, real if self.config.masked else None, None if self.pool is None else self.pool(last))
 
     def null(self, n: int) -> Condition:
-        one = self({"caption": [""]})
+        one = self({"token_ids": self.silence})
         return Condition(**{name: x.expand(n, *x.shape[1:]) for name, x in vars(one).items() if x is not None})
 
     def tensors(self, batch: Mapping) -> dict[str, Tensor]:

@@ -39,9 +39,10 @@ def with_masks(dataset, seed: int = 0) -> WithField:
 
 
 def fresh_masks(rng, h: int, w: int) -> Tensor:
-    """Masks (rows, 1, h, w) of one training step, from its `RowRandom`."""
-    chances = rng.uniform("mask", (14,))
-    return torch.from_numpy(make_masks(chances.double().cpu().numpy(), h, w)).to(chances.device)
+    """Masks (rows, 1, h, w) of one training step, from its `RowRandom`: painted on the CPU, and sent to its device without waiting for that."""
+    chances = torch.stack([torch.rand(14, generator=generator) for generator in rng.generators("mask")])
+    masks = torch.from_numpy(make_masks(chances.double().numpy(), h, w))
+    return masks.pin_memory().to(rng.device, non_blocking=True) if rng.device.type == "cuda" else masks.to(rng.device)
 
 # %% ../nbs/19_inpainting.ipynb #dfb4a938
 def hide(images: Tensor, mask: Tensor) -> Tensor:
@@ -104,7 +105,8 @@ class InpaintConditioner(Conditioner):
             raise ValueError("inpainting: got no encoder, expected encode=..., which makes latents of the picture with a hole")
         images = check_shape("image", torch.as_tensor(read_key(self, batch, "image")), "b 3 h w")
         mask = torch.as_tensor(read_key(self, batch, "mask")) if rng is None else fresh_masks(rng, *images.shape[-2:])
-        return {**batch, "mask": mask, "masked": encode(hide(images, mask))}
+        holed = hide(images, mask) if rng is None else images * (mask == 0)  # whether fresh ones are masks need not be asked at every step
+        return {**batch, "mask": mask, "masked": encode(holed)}
 
     def forward(self, batch: Mapping) -> Condition:
         if "masked" not in batch:

@@ -157,7 +157,7 @@ class LowResConditioner(Conditioner):
 
     def forward(self, batch: Mapping) -> Condition:
         low = check_shape("low_res", torch.as_tensor(read_key(self, batch, "low_res")), "b 3 h w").to(self.device)
-        noise = torch.as_tensor(batch.get("low_res_noise", torch.zeros(len(low)))).to(self.device)
+        noise = torch.as_tensor(batch["low_res_noise"]).to(self.device) if "low_res_noise" in batch else torch.zeros(len(low), device=self.device)
         maps = to_latent_grid(low, self.config.factor, self.config.downsample_factor)
         if self.level is None:
             return Condition(concat=maps)

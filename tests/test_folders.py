@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import struct
+import subprocess
 import sys
 import types
 import warnings
@@ -68,7 +69,7 @@ def flat(root, name="red.png"):
 
 FORMATS = {
     "rgb.jpg": {}, "RGB.JPEG": {}, "rgb.png": {}, "rgb.webp": {"lossless": True}, "rgb.bmp": {}, "rgb.gif": {}, "rgb.tif": {},
-    "rgb.TIFF": {}, "rgb.ppm": {},
+    "rgb.TIFF": {}, "rgb.ppm": {}, "rgb.pnm": {}, "rgb.jpe": {}, "rgb.jfif": {},
 }
 
 
@@ -79,7 +80,7 @@ def test_every_suffix_is_read_to_the_same_picture(tmp_path):
     assert len(data) == len(FORMATS)
     images = torch.stack([item["image"] for item in data])
     check_images(images)
-    assert images.dtype == torch.float32 and images.shape == (9, 3, 16, 16)
+    assert images.dtype == torch.float32 and images.shape == (len(FORMATS), 3, 16, 16)
     spread = (images - images.mean(0)).abs().amax(dim=(1, 2, 3))
     assert spread.max() < 0.25, dict(zip(data.names, spread.tolist()))  # gif keeps 256 colours, jpeg loses a little
 
@@ -270,10 +271,42 @@ def test_missing_file_and_empty_folder_are_refused(tmp_path):
     with pytest.raises(ValueError, match="got no image among 0 files"):
         ImageFolder(tmp_path)
     (tmp_path / "IMG_1.heic").write_bytes(b"1")
-    with pytest.raises(ValueError, match=r"got no image among 1 files.*IMG_1\.heic"):
+    with pytest.raises(ValueError, match=r"got no image among 1 files.*expected some .*\.png.* 1 \.heic \(such as IMG_1\.heic\)\. Convert them to PNG"):
         ImageFolder(tmp_path)
     with pytest.raises(NotADirectoryError, match="heic"):
         ImageFolder(tmp_path / "IMG_1.heic")
+
+
+def test_pictures_of_other_formats_are_counted_and_named(tmp_path):
+    for name in ("good.png", "b/IMG_2.HEIC", "b/IMG_1.heic", "raw.dng", "._IMG_1.heic", "notes.txt", "good.txt"):
+        save(tmp_path / name, grey(), format="PNG")
+    for call in (find_images, ImageFolder):
+        with pytest.warns(UserWarning) as seen:
+            call(tmp_path)
+        assert [str(w.message) for w in seen] == [
+            f"{tmp_path}: left out are pictures in formats that are not read: 2 .heic, 1 .dng (such as b/IMG_1.heic). "
+            "Convert them to PNG or JPEG, or move them away."]
+
+
+@pytest.mark.skipif(not folders.AVIF, reason="this Pillow reads no AVIF")
+def test_avif_is_read_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = photo(30, 50)
+    save(tmp_path / "a.avif", lying, quality=95, exif=exif)
+    save(tmp_path / "b.png", lying.transpose(Image.Transpose.ROTATE_270))
+    data = ImageFolder(tmp_path, (50, 30))
+    assert list(map(tuple, data.sizes)) == [(50, 30), (50, 30)]
+    assert (data[0]["image"] - data[1]["image"]).abs().mean() < 0.04 < (data[0]["image"] - data[1]["image"].flip(1)).abs().mean()
+
+
+def test_a_pillow_without_avif_says_that_it_is_left_out(tmp_path):
+    """In a fresh process, whose Pillow is told to have been built without it."""
+    save(tmp_path / "a.avif"), save(tmp_path / "b.png")
+    code = ("import sys; from PIL import features; features.modules.pop('avif', None)\nfrom ldm_edu.folders import FORMATS, find_images\n"
+            "assert 'AVIF' not in FORMATS; print(find_images(sys.argv[1]))")
+    run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True, cwd=Path(folders.__file__).parents[1])
+    assert run.stdout.strip() == "['b.png']" and "1 .avif (such as a.avif)" in run.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse names that are not Unicode")
@@ -607,6 +640,14 @@ def test_flip_safe(tmp_path, caption, safe):
     assert ImageFolder(tmp_path, 8).flip_safe is True
 
 
+@pytest.mark.parametrize("names, safe", [(("left_turn", "ahead"), False), (("turn_Right", "ahead"), False), (("bright", "cleft"), True)])
+def test_names_of_classes_may_say_left_and_right(tmp_path, names, safe):
+    for name in names:
+        save(tmp_path / name / "a.png")
+    data = ImageFolder(tmp_path, 8)
+    assert data.flip_safe is safe and ImageFolder(tmp_path, 8, classes=False).flip_safe is True
+
+
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
@@ -619,19 +660,39 @@ def zoo(tmp_path):
     return tmp_path / "zoo"
 
 
-@pytest.mark.parametrize("cache, context", [(True, "fork"), (False, "fork"), (True, "spawn")])
+@pytest.mark.parametrize("cache, context", [(True, "fork"), (False, "fork"), (True, "spawn"), (True, "forkserver")])
 def test_dataloader_with_two_workers(zoo, cache, context):
     data = ImageFolder(zoo, 16, captions="filename", cache=cache)
-    plain = next(iter(DataLoader(data, batch_size=12)))
+    plain = next(iter(DataLoader(ImageFolder(zoo, 16, captions="filename", cache=False), batch_size=12)))
     loader = DataLoader(data, batch_size=5, num_workers=2, multiprocessing_context=context)
-    for _ in range(1 if context == "spawn" else 2):
+    for _ in range(2 if context == "fork" else 1):
         batches = list(loader)
         assert [len(b["caption"]) for b in batches] == [5, 5, 2]
         images = check_images(torch.cat([b["image"] for b in batches]))
         torch.testing.assert_close(images, plain["image"], rtol=0, atol=0)
     assert batches[0]["label"].dtype == torch.int64 and batches[0]["caption"][0] == "a small bird"
-    if cache and context == "fork":
-        assert data._cache.filled.all()
+    if cache and (context == "fork" or sys.platform == "linux"):
+        assert data._cache.filled.all(), "what workers have decoded is there for all"
+
+
+def test_a_pickle_of_a_data_set_holds_no_pictures(zoo):
+    data = ImageFolder(zoo, 256, cache=True)
+    items, packed = data.items(range(12)), pickle.dumps(data)
+    assert len(packed) < 10_000 < data._cache.rows.nbytes and data._cache.filled.all()
+    again = pickle.loads(packed)
+    assert not again._cache.filled.any() and again.fingerprint() == data.fingerprint()
+    for item, other in zip(items, again.items(range(12))):
+        torch.testing.assert_close(item["image"], other["image"], rtol=0, atol=0)
+    again._cache.rows[:] = 0
+    torch.testing.assert_close(data[3]["image"], items[3]["image"], rtol=0, atol=0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts open files in /proc")
+def test_caches_give_their_files_back():
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        folders.ByteCache(4, (3, 8, 8)).get(1, lambda: 7)
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_items_indices_and_sizes(zoo):
