@@ -330,17 +330,31 @@ def fid_interval(samples: Tensor, reference: FeatureStatistics, resamples: int =
 
 # %% ../nbs/09_metrics.ipynb #fda48c03
 def _check_pair(x: Tensor, y: Tensor) -> None:
-    """Raise ValueError unless both are (b, c, h, w) of equal sizes."""
+    """Raise ValueError unless both are (b, c, h, w) of equal sizes, TypeError for whole numbers."""
     b, c, h, w = check_shape("x", x, "b c h w").shape
     check_shape("y", y, "b c h w", b=b, c=c, h=h, w=w)
+    for name, images in (("x", x), ("y", y)):
+        if not images.is_floating_point():
+            raise TypeError(f"{name}: got dtype {images.dtype}, expected floating point, e.g. in [-1, 1] (x / 127.5 - 1 for bytes)")
+
+
+def _check_range(x: Tensor, y: Tensor, data_range: float) -> None:
+    """Raise ValueError where both reach over more than twice `data_range` (looked at on the CPU only: elsewhere the device would be waited for)."""
+    if x.device.type != "cpu" or y.device.type != "cpu" or not x.numel():
+        return
+    ends = [tuple(end.item() for end in images.detach().aminmax()) for images in (x, y)]
+    if min(high - low for low, high in ends) > 2 * data_range:
+        got = " and ".join(f"[{low:.3g}, {high:.3g}]" for low, high in ends)
+        raise ValueError(f"x, y: got values in {got}, expected a range of {data_range:g}, e.g. [-1, 1] for 2; say data_range=... if it is another")
 
 
 def psnr(x: Tensor, y: Tensor, data_range: float = 2.0) -> Tensor:
     """Peak signal-to-noise ratio of each pair of images, in dB: (b,), infinite where they are equal.
 
-    `data_range` is the distance from black to white: 2 for images in [-1, 1].
+    `data_range` is the distance from black to white: 2 for images in [-1, 1]. Raises ValueError for images that reach far beyond it.
     """
     _check_pair(x, y)
+    _check_range(x, y, data_range)
     return 10.0 * torch.log10(data_range**2 / (x.float() - y.float()).square().flatten(1).mean(1))
 
 # %% ../nbs/09_metrics.ipynb #46e32420
@@ -354,9 +368,10 @@ def _blur(images: Tensor, taps: Tensor) -> Tensor:
 def ssim(x: Tensor, y: Tensor, data_range: float = 2.0, window: int = 11, sigma: float = 1.5) -> Tensor:
     """Structural similarity of each pair of images: (b,), 1 where they are equal [SSIM eq. 13].
 
-    Raises ValueError for images smaller than the Gaussian window of `window` x `window` pixels.
+    Raises ValueError for images smaller than the Gaussian window of `window` x `window` pixels, or far beyond `data_range` (as `psnr`).
     """
     _check_pair(x, y)
+    _check_range(x, y, data_range)
     if min(x.shape[2:]) < window:
         raise ValueError(f"x: got sides {tuple(x.shape[2:])}, expected at least the window's {window}")
     offsets = torch.arange(window, device=x.device, dtype=torch.float32) - (window - 1) / 2

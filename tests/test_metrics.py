@@ -493,3 +493,16 @@ def test_lpips_by_hand_and_its_errors():
             lpips(x, y, pyramid, weights)
     with pytest.raises(ValueError, match="expected"):
         lpips(x, y[:2], pyramid)
+
+
+@pytest.mark.parametrize("measure", [metrics.psnr, metrics.ssim])
+def test_pictures_in_another_range_are_refused(measure):
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.rand(2, 2, 3, 16, 16, generator=draw)
+    with pytest.raises(ValueError, match=r"x, y: got values in \[.*, 255\] and \[.*, 25.\], expected a range of 2"):
+        measure(255 * x, 255 * y)
+    with pytest.raises(TypeError, match=r"y: got dtype torch.uint8, expected floating point"):
+        measure(x, (255 * y).byte())
+    assert_close(measure(255 * x, 255 * y, data_range=255.0), measure(x, y, data_range=1.0), atol=1e-3, rtol=1e-4)
+    assert measure(2 * x - 1, 50 * y).isfinite().all(), "what diverged is measured against what did not"
+    assert measure(1.5 * (2 * x - 1), 1.5 * (2 * y - 1)).isfinite().all(), "a little beyond is what networks paint"
