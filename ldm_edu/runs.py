@@ -143,8 +143,8 @@ class NonFiniteLoss(RuntimeError):
         self.step, self.loss, self.norm, self.indices, self.checkpoint = step, loss, norm, list(indices), checkpoint
         shown = ", ".join(map(str, self.indices[:64])) + (", ..." if len(self.indices) > 64 else "")
         super().__init__(f"step {step}: loss {loss}, gradient norm {norm}. Items of this batch: {shown}. "
-                         f"Last good checkpoint: {checkpoint}. Look at these items; if they are sound, lower lr or use a "
-                         "precision of more range (fp16 -> bf16 -> fp32).")
+                         f"Last good checkpoint: {checkpoint}. Look at these items; if they are sound, start again in another folder, with a "
+                         "lower lr or a precision of more range (fp16 -> bf16 -> fp32): a folder goes on with its own settings only.")
 
 
 class TrainingInterrupted(Exception):
@@ -175,8 +175,8 @@ def explain_out_of_memory(config, step: int, rows: int, device: torch.device) ->
         micro = -(-rows // config.accumulation)
         raise OutOfMemory(
             f"step {step}: out of memory on {device} with {micro} rows at a time. Raise accumulation from {config.accumulation} to "
-            f"{2 * config.accumulation} (same result, half the rows at a time), use precision='bf16', a smaller model, or a smaller "
-            "batch_size (another result). The run resumes from its last checkpoint."
+            f"{2 * config.accumulation} (same result, half the rows at a time): the run resumes from its last checkpoint. Or start again in "
+            "another folder, with precision='bf16', a smaller model, or a smaller batch_size (another result)."
         ) from err
 
 # %% ../nbs/94_runs.ipynb #d049fd7f
@@ -244,7 +244,16 @@ def check_folder(out: Path, identity: Mapping, resume: bool, changeable: Sequenc
     keys = [k for k in sorted({*there, *here} - free) if not _same(there.get(k), here.get(k))]
     if keys:
         listed = "; ".join(f"{k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in keys)
-        raise ValueError(f"out: {out} holds another run ({listed}); use another folder or the same settings")
+        data = "; as many items, but not the same: have files been changed, renamed or copied since?" if keys == ["dataset.fingerprint"] else ""
+        raise ValueError(f"out: {out} holds another run ({listed}); use another folder or the same settings{data}")
+    _check_steps(out, here.get("config.steps"))
+
+
+def _check_steps(out: Path, asked: int | None) -> None:
+    """Raise ValueError where more steps are done than the run is asked for: its card would tell of fewer than it had."""
+    done = max((step for step, _ in list_checkpoints(out / "checkpoints")), default=0)
+    if asked is not None and done > asked:
+        raise ValueError(f"steps: got {asked} for {out}, where {done} are done already; expected at least {done}, or another folder")
 
 # %% ../nbs/94_runs.ipynb #39d19dee
 def optimizer_tensors(model: nn.Module, optimizer) -> dict[str, Tensor]:

@@ -103,7 +103,7 @@ def test_sample_writes_pictures_and_never_over_others(runs, capsys):
     assert cli.main(args) == 0
     assert Image.open(out / "0001.png").size == (16, 16) and json.loads((out / "samples.json").read_text())["prompts"][1] == "a blue square"
     before = (out / "sheet.png").read_bytes()
-    assert cli.main(args) == 2 and "holds samples already" in capsys.readouterr().err
+    assert cli.main(args) == 2 and "pictures holds 0000.png and others (4 in all) already" in capsys.readouterr().err
     assert cli.main([*args, "--overwrite", "--seed", "3"]) == 0 and (out / "sheet.png").read_bytes() != before
     assert cli.main([*args, "--overwrite", "--guidance-scale", "3", "--guidance-rescale", "0.7", "--guidance-interval", "100", "900"]) == 0
     assert json.loads((out / "samples.json").read_text())["guidance_interval"] == [100, 900]
@@ -111,6 +111,100 @@ def test_sample_writes_pictures_and_never_over_others(runs, capsys):
     assert cli.main([*args, "--overwrite", "--precision", "bf16", "--guidance-scale", "3", "--guidance-rescale", "0.7", "--guidance-interval", "100", "900"]) == 0
     assert json.loads((out / "samples.json").read_text())["precision"] == "bf16" and 0 < np.abs(np.asarray(Image.open(out / "0000.png")) - exact).mean() < 10
     assert cli.main([*args, "--overwrite", "--precision", "int8"]) == 2 and "precision" in capsys.readouterr().err
+
+
+def pictures_in(folder) -> list[str]:
+    """Names of what lies in a folder."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_sample_leaves_the_files_of_others_alone(runs, tmp_path, capsys):
+    out, args = tmp_path / "mine", ["sample", "a red circle", "--model", str(runs / "text"), "--steps", "2"]
+    out.mkdir()
+    for name in ("0000.png", "0007.png"):  # without a sheet: whatever drew them, nobody asked to lose them
+        (out / name).write_bytes(b"holiday")
+    (out / "notes.txt").write_text("mine")
+    assert cli.main([*args, "--out", str(out)]) == 2
+    assert "holds 0000.png and others (2 in all) already" in capsys.readouterr().err and pictures_in(out) == ["0000.png", "0007.png", "notes.txt"]
+    assert (out / "0000.png").read_bytes() == b"holiday"
+    assert cli.main([*args, "--out", str(out), "--overwrite", "--n", "3"]) == 0  # asked for: what has the same name is replaced, the rest stays
+    assert "also holds what is not of this call: 0007.png" in capsys.readouterr().err
+    assert (out / "0007.png").read_bytes() == b"holiday" and (out / "notes.txt").read_text() == "mine"
+    (out / "0002.png").write_bytes(b"retouched")
+    assert cli.main([*args, "--out", str(out), "--overwrite"]) == 0
+    assert pictures_in(out) == ["0000.png", "0002.png", "0007.png", "notes.txt", "samples.json", "sheet.png"], "0001.png was of the run before"
+    assert (out / "0002.png").read_bytes() == b"retouched"
+
+
+def test_a_list_of_samples_can_name_no_file_outside_its_folder(runs, tmp_path):
+    from ldm_edu.asking import put_pictures
+
+    (tmp_path / "out").mkdir()
+    put_pictures(tmp_path, {"9999.png": b"kept"}, {})
+    mark = json.loads((tmp_path / "samples.json").read_text())["files"]["9999.png"]
+    (tmp_path / "out" / "samples.json").write_text(json.dumps({"files": {"../9999.png": mark}}))
+    put_pictures(tmp_path / "out", {"0000.png": b"new"}, {})
+    assert (tmp_path / "9999.png").exists()
+
+
+def test_samples_json_draws_the_same_again(runs, tmp_path):
+    args = ["sample", "a red circle", "--n", "2", "--model", str(runs / "text"), "--steps", "3", "--seed", "5", "--guidance-rescale", "0.5"]
+    assert cli.main([*args, "--out", str(tmp_path / "a")]) == 0
+    said = json.loads((tmp_path / "a" / "samples.json").read_text())
+    assert said["guidance_scale"] == load(runs / "text").config.guidance_scale == 3.0 and said["size"] == [16, 16] and said["n"] == 2
+    assert said["version"] == recipes.code_version() and len(said["weights"]) == 32 and list(said["files"]) == ["0000.png", "0001.png"]
+    again = ["sample", *said["prompts"]]
+    for name in ("model", "n", "steps", "sampler", "guidance_scale", "guidance_rescale", "seed", "precision"):
+        again += [f"--{name.replace('_', '-')}", str(said[name])]
+    assert cli.main([*again, "--size", *map(str, said["size"]), "--out", str(tmp_path / "b")]) == 0
+    repeated = json.loads((tmp_path / "b" / "samples.json").read_text())
+    assert repeated["files"] == said["files"] and repeated == said
+    assert cli.main(["sample", "--model", str(runs / "text"), "--steps", "1", "--guidance-scale", "7", "--out", str(tmp_path / "c")]) == 0
+    assert json.loads((tmp_path / "c" / "samples.json").read_text())["guidance_scale"] == 1.0, "nothing was asked, so nothing was guided"
+
+
+@pytest.mark.parametrize("args", [
+    ["sample", "a red circle", "--model", "TEXT", "--steps", "1", "--out"],
+    ["evaluate", "--model", "TEXT", "--size", "16", "--out"],
+    ["evaluate", "--model", "TEXT", "--size", "16", "--cache"],
+    ["bench", "--workload", "S8", "--rounds", "1", "--out"],
+    ["doctor", "--model", "TEXT", "--plot"],
+    ["train-autoencoder", "--steps", "1", "--out"],
+    ["train", "--steps", "1", "--out"],
+    ["train-features", "--steps", "1", "--out"],
+    ["train-perceptual", "--steps", "1", "--out"],
+    ["pack", "--model", "TEXT", "--measures.size", "16", "--measures.cache", "CACHE", "--out"],
+    ["convert", "--from", "TEXT", "--out"],
+    ["shard", "--data", "PHOTOS", "--out"],
+], ids=lambda args: args[0] + args[-1])
+def test_a_place_that_takes_no_files_is_found_before_any_work(runs, tmp_path, monkeypatch, capsys, args):
+    """Every command that writes: below a file no folder can be, whoever asks."""
+    idle = lambda *args, **options: pytest.fail("work was done")
+    for name in ("evaluate_samples", "reconstruction", "compare_speed", "train_autoencoder", "train_diffusion", "train_features", "train_perceptual",
+                 "pack_images", "convert_model", "examine", "examine_run", "save"):
+        monkeypatch.setattr(cli, name, idle)
+    monkeypatch.setattr("ldm_edu.ldm.LatentDiffusion.sample", idle)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "photos").mkdir()
+    places = {"TEXT": str(runs / "text"), "CACHE": str(tmp_path / "cache"), "PHOTOS": str(tmp_path / "photos")}
+    asked = [places.get(a, a) for a in args]
+    assert cli.main([*asked, str(tmp_path / "file" / "deeper" / "x")]) == 2
+    assert re.search(r"(out|plot|cache): got .*deeper.*, but .*file is a file, expected a folder", capsys.readouterr().err)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_place_is_tried_not_asked(tmp_path, monkeypatch):
+    """Root may write anywhere by its rights, and still not on a disk that is read-only or full."""
+    from ldm_edu import asking
+
+    def refuse(dir):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(asking.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ValueError, match="out: got .*new, which takes no files .Read-only file system., expected a folder to write to"):
+        asking.check_place(tmp_path / "new")
+    with pytest.raises(ValueError, match="plot: got .*, which is a folder, expected a file's name"):
+        asking.check_files([tmp_path], True, "plot")
 
 
 def test_sample_draws_large_pictures_by_windows(runs, capsys):
@@ -149,20 +243,153 @@ def test_evaluate_prints_and_writes(runs, capsys):
     (["train", "--recipe", "txt-tiny"], "txt-tiny.*text-tiny"),
     (["train", "--first-stage", "AE", "--data", "missing-folder"], "missing-folder"),
     (["train-autoencoder", "--steps", "0"], "steps: got 0"),
-    (["train-autoencoder", "--size", "18", "--items", "4", "--out", "OUT"], "18"),
+    (["train-autoencoder", "--size", "18", "--items", "4", "--out", "OUT"], "size: got 18, expected a multiple of 4 .the first stage divides by 4"),
+    (["train-autoencoder", "--betas", "0.9"], "betas: got 0.9, expected two numbers"),
+    (["train-autoencoder", "--betas", "0.9", "1.0"], "betas: got 0.9 1.0, expected two numbers"),
+    (["train-autoencoder", "--seed", "18446744073709551616"], "seed: got 18446744073709551616, expected 0 to 4294967295"),
+    (["train-autoencoder", "--seed", "-1"], "seed: got -1, expected 0 to 4294967295"),
+    (["sample", "a red circle", "--model", "TEXT", "--seed", "4294967296"], "seed: got 4294967296"),
+    (["train-autoencoder", "--model.ch-mult", "1", "0"], "model.ch_mult: got 1 0, expected a width of at least 1"),
+    (["train", "--first-stage", "AE", "--betas", "0.9"], "betas: got 0.9, expected two numbers"),
+    (["train", "--first-stage", "AE", "--size", "36"], "size: got 36, expected a multiple of 8 .the first stage divides by 4, the UNet by 2"),
+    (["train", "--first-stage", "AE", "--prediction", "y"], "prediction: got 'y', expected one of 'eps', 'x0', 'v'"),
+    (["train", "--first-stage", "AE", "--condition-dropout", "1.5"], "condition_dropout: got 1.5, expected a share from 0 to 1"),
+    (["train", "--first-stage", "AE", "--condition-dropout", "-1"], "condition_dropout: got -1.0, expected a share"),
+    (["train", "--first-stage", "AE", "--condition-dropout", "nan"], "condition_dropout: got nan, expected a share"),
+    (["train", "--first-stage", "AE", "--recipe", "class-tiny", "--reading-steps", "5"], "reading_steps: got 5 for a model of class, expected 0"),
+    (["train", "--first-stage", "AE", "--start-from", "TEXT", "--prediction", "eps"], "start_from: got .*text, which predicts v, expected eps"),
+    (["train", "--start-from", "TEXT"], "start_from: got .*text, a model of another first stage, expected scenes-kl-f4"),
+    (["evaluate", "--model", "TEXT", "--prompts", "0"], "prompts: got 0, expected at least 1"),
+    (["evaluate", "--model", "TEXT", "--samples", "-1"], "samples: got -1, expected at least 0"),
 ])
-def test_bad_requests_exit_with_2_and_a_sentence(runs, capsys, tmp_path, args, message):
-    import re
-
+def test_bad_requests_exit_with_2_and_a_sentence(runs, capsys, tmp_path, monkeypatch, args, message):
     places = {"TEXT": str(runs / "text"), "AE": str(runs / "ae"), "OUT": str(tmp_path / "new")}
     args = [places.get(a, a) for a in args]
     if args[0] == "sample":
         args += ["--out", str(tmp_path / "none")]
     elif "--out" not in args:
         args += ["--out", str(tmp_path / "new")]
+    if args[0].startswith("train") and "--data" not in args:
+        monkeypatch.setattr(cli.DataOptions, "pictures", lambda *args: pytest.fail("pictures were opened"))
     assert cli.main(args) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.part"))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """24 pictures of scenes in folders by shape, which come in another order than scenes count them, and some in another set of classes."""
+    folder = tmp_path_factory.mktemp("photos")
+    batch = Scenes(16, n=200, objects=(1, 1), fields=("image", "caption", "label")).render(range(200))
+    for place, names in (("shapes", Scenes.class_names), ("others", ("dog", "ship") * 3)):
+        for kind, name in enumerate(names):
+            (folder / place / name).mkdir(parents=True, exist_ok=True)
+            for i in [i for i, label in enumerate(batch["label"].tolist()) if label == kind][:4]:
+                pixels = ((batch["image"][i].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
+                caption = batch["caption"][i] if place == "shapes" else "a photo of mine"
+                Image.fromarray(pixels).save(folder / place / name / f"{caption} {i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("options, message", [
+    ([], "data: got no caption in .*shapes, expected captions .--captions filename, sidecar, or a table."),
+    (["--dry-run"], "data: got no caption in .*shapes, expected captions"),
+    (["--recipe", "layout-tiny"], "data: got no boxes, box_labels in .*shapes, expected scenes"),
+    (["--captions", "filename", "--reading-steps", "2", "--data", "PHOTOS/others"], "reading_steps: got 2 and a caption unlike those of scenes"),
+    (["--dry-run", "--data", "PHOTOS/nowhere"], "nowhere"),
+])
+def test_what_pictures_lack_is_said_before_they_are_encoded(runs, photos, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.setattr(cli, "train_diffusion", lambda *args, **options: pytest.fail("training began"))
+    options = [option.replace("PHOTOS", str(photos)) for option in options]
+    out = tmp_path / "out"
+    assert cli.main(["train", "--data", str(photos / "shapes"), "--size", "16", "--first-stage", str(runs / "ae"), "--out", str(out), *options]) == 2
+    assert re.search(message, capsys.readouterr().err) and not list(out.rglob("*.safetensors"))
+
+
+def test_a_dry_run_looks_at_the_data_and_leaves_nothing(runs, photos, tmp_path, capsys):
+    args = ["train", "--data", str(photos / "shapes"), "--size", "16", "--first-stage", str(runs / "ae"), "--recipe", "class-tiny", "--steps", "22",
+            "--batch-size", "4", "--dry-run", "--out", str(tmp_path / "out")]
+    before = sorted(photos.rglob("*"))
+    assert cli.main(args) == 0
+    assert "shapes, 22 pictures, each seen 4 times, and 2 kept aside" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir()) and sorted(photos.rglob("*")) == before
+
+
+def test_labels_count_in_the_order_of_the_model_s_classes(photos):
+    """A folder's classes come by name, scenes' as they are listed: what one calls 0 is another class for the other."""
+    data, _ = cli.DataOptions(str(photos / "shapes"), size=16).open(keys=("label",))
+    config = load("scenes-class").config
+    ordered = cli.in_order(data, config)
+    named = [Scenes.class_names[int(ordered[i]["label"])] for i in range(len(ordered))]
+    assert named == [data.names[i].split("/")[0] for i in range(len(data))] and len(set(named)) == len(Scenes.class_names)
+    assert [int(data[i]["label"]) for i in range(len(data))] != [int(ordered[i]["label"]) for i in range(len(data))]
+    assert cli.in_order(data, load("scenes-text").config) is data, "a model of no classes takes any"
+
+
+def test_evaluate_refuses_classes_that_the_model_does_not_have(photos, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "reconstruction", lambda *args: pytest.fail("something was measured"))
+    assert cli.main(["evaluate", "--model", "scenes-class", "--data", str(photos / "others"), "--size", "32", "--cache", "None"]) == 2
+    assert "data: got the classes dog, ship, expected those of the model: " in capsys.readouterr().err
+
+
+def test_few_pictures_are_said_to_be_those_of_the_training(photos, tmp_path, capsys):
+    some = tmp_path / "some"
+    some.mkdir()
+    for path in list((photos / "others").rglob("*.png"))[:6]:
+        (some / path.name).write_bytes(path.read_bytes())
+    training, validation = cli.DataOptions(str(some), size=16).open()
+    assert training is validation
+    assert "got 6 pictures in " in (told := capsys.readouterr().err) and "expected at least 20 to keep some aside" in told
+    cli.DataOptions(str(photos / "shapes"), size=16).open()
+    assert not capsys.readouterr().err
+
+
+def test_doctor_says_what_it_examines(runs, capsys):
+    for model, what in ((runs / "ae", "a run of 'first-stage'"), ("scenes-kl-f4", "the first stage scenes-kl-f4")):
+        assert cli.main(["doctor", "--model", str(model)]) == 2
+        told = capsys.readouterr().err
+        assert f"model: got {what}" in told and "expected a diffusion model or its run" in told and "ldm-edu evaluate" in told
+    assert cli.main(["doctor", "--model", str(runs / "text"), "--items", "64", "--cases", "64", "--json"]) in (0, 1), "the run's own first stage is in its model"
+    assert json.loads(capsys.readouterr().out)["findings"]
+
+
+def test_a_damaged_file_of_weights_is_a_sentence(runs, tmp_path, monkeypatch, capsys):
+    from ldm_edu import features
+
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((runs / "text" / "model" / name).read_bytes()[: 4000 if name == "model.safetensors" else None])
+    assert cli.main(["sample", "a red circle", "--model", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "model.safetensors: not a readable safetensors file" in capsys.readouterr().err
+    damaged = lambda *args: features.load_file(tmp_path / "model.safetensors")
+    monkeypatch.setattr(cli, "load_features", damaged)
+    assert cli.main(["evaluate", "--model", str(runs / "ae"), "--size", "16", "--cache", str(tmp_path / "cache")]) == 2
+    assert "got a .safetensors file that is damaged or cut off" in capsys.readouterr().err
+
+
+def test_pack_does_not_take_the_place_of_the_model_itself(runs, capsys):
+    before = state(runs / "ae")
+    args = ["pack", "--model", str(runs / "ae"), "--out", str(runs / "ae" / "model"), "--overwrite", "--measures.size", "16"]
+    assert cli.main(args) == 2
+    assert "the folder of the model itself, expected another" in capsys.readouterr().err and state(runs / "ae") == before
+
+
+def test_a_model_without_conditions_says_how_many_pictures_to_ask_for():
+    from ldm_edu.asking import Asked, gather_prompts
+    from ldm_edu.conditioning import NoCondition
+
+    assert gather_prompts(NoCondition(), Asked()) == []
+    with pytest.raises(ValueError, match="prompts: got 2, but this model takes none: it draws what it likes, as many pictures as --n says"):
+        gather_prompts(NoCondition(), Asked(texts=["a red circle", "a blue square"]))
+
+
+def test_a_map_is_read_by_no_program(tmp_path):
+    """An EPS file by the name of a picture would be handed to Ghostscript."""
+    from ldm_edu.asking import read_map
+
+    Image.new("L", (4, 4)).save(tmp_path / "map.eps")
+    (tmp_path / "map.eps").rename(tmp_path / "map.png")
+    with pytest.raises(ValueError, match="map.png: not a readable map .cannot identify image file"):
+        read_map(tmp_path / "map.png")
 
 
 def test_a_folder_with_another_run_is_refused(runs, capsys):
