@@ -112,18 +112,33 @@ def tell_unread(names: Sequence[str]) -> str:
     return f"left out are pictures in formats that are not read: {kinds} (such as {min(odd)}). Convert them to PNG or JPEG, or move them away."
 
 
-def find_images(root) -> list[str]:
-    """Relative names of all images below `root`, sorted; hidden files are ignored, linked folders are followed.
+def _walk_folders(root):
+    """(folder, names of its files) of `root` and all below it, each once: under its own name before any link to it; hidden folders are left out.
 
-    Warns of pictures in formats that are not read. Raises OSError for a folder that is missing or closed to us, ValueError where no file ends in one of `SUFFIXES`.
+    Linked folders are followed where they do not hold `root` itself. Raises OSError for a folder that is missing or closed to us.
     """
     def stop(error):
         raise error
 
+    seen, starts, top = set(), [Path(root)], Path(root).resolve()
+    for start in starts:
+        for folder, subfolders, files in os.walk(start, onerror=stop):
+            if (here := Path(folder).resolve()) in seen:
+                subfolders.clear()
+                continue
+            seen.add(here)
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            starts += [Path(folder, name) for name in subfolders if os.path.islink(Path(folder, name)) and not top.is_relative_to(Path(folder, name).resolve())]
+            yield folder, files
+
+
+def find_images(root) -> list[str]:
+    """Relative names of all images below `root`, sorted; hidden files are ignored, linked folders are followed, each once.
+
+    Warns of pictures in formats that are not read. Raises OSError for a folder that is missing or closed to us, ValueError where no file ends in one of `SUFFIXES`.
+    """
     names, others = [], []
-    for folder, subfolders, files in os.walk(root, onerror=stop, followlinks=True):
-        here = Path(folder).resolve()
-        subfolders[:] = [s for s in subfolders if not s.startswith(".") and not here.is_relative_to((here / s).resolve())]
+    for folder, files in _walk_folders(root):
         for file in files:
             known = not file.startswith(".") and Path(file).suffix.lower() in SUFFIXES
             (names if known else others).append(Path(folder, file).relative_to(root).as_posix())

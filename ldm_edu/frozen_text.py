@@ -177,13 +177,17 @@ class FrozenTextConditioner(Conditioner):
         super().__init__(config.replace(mark=mark), context_dim=width, c_dim=width if config.pooled else None)
         self._encoder, self.tokenizer = [encoder], tokenizer
         self.register_buffer("silence", tokenizer.rows([""], config.max_length), persistent=False)  # the null's numbers, where they are needed
-        self.anchor = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.register_buffer("anchor", torch.empty(0))
         self.pool = nn.Linear(width, width) if config.pooled else None
 
     @property
     def clip(self) -> tuple[ClipText, ClipTokenizer]:
         """The encoder and its tokenizer."""
         return self._encoder[0], self.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.anchor.device
 
     def __deepcopy__(self, memo: dict) -> "FrozenTextConditioner":
         """A copy with the same encoder, which nobody changes: an average and a shared-out model need no second one."""

@@ -265,6 +265,22 @@ def test_linked_folders_are_followed_but_never_in_circles(tmp_path):
     assert find_images(root) == ["birds/a.png"]
 
 
+def test_folders_that_link_to_each_other_are_read_once(tmp_path):
+    """Each under its own name; twins would land in training and in validation."""
+    for here, there in (("a", "b"), ("b", "a")):
+        save(tmp_path / "in" / here / f"{here}.png", grey()), save(tmp_path / "out" / here / "sub" / f"{here}.png", grey())
+        (tmp_path / "in" / here / "other").symlink_to(tmp_path / "in" / there)
+        (tmp_path / "out" / here / "other").symlink_to(tmp_path / "out" / there)
+    assert find_images(tmp_path / "in") == ["a/a.png", "b/b.png"]
+    (tmp_path / "in" / "c").symlink_to(tmp_path / "out" / "b")
+    (tmp_path / "in" / "up").symlink_to(tmp_path)
+    assert find_images(tmp_path / "in") == ["a/a.png", "b/b.png", "c/other/sub/a.png", "c/sub/b.png"]
+    (tmp_path / "in" / ".store").mkdir()
+    save(tmp_path / "in" / ".store" / "d.png", grey())
+    (tmp_path / "in" / "d").symlink_to(tmp_path / "in" / ".store")
+    assert find_images(tmp_path / "in")[-1] == "d/d.png", "a hidden folder has only the link's name"
+
+
 def test_missing_file_and_empty_folder_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         ImageFolder(tmp_path / "nowhere")

@@ -75,6 +75,8 @@ def test_the_null_is_the_empty_caption(clip):
 def test_the_encoder_is_no_part_of_the_model(clip):
     read = reader(clip, pooled=True)
     assert sorted(read.state_dict()) == ["anchor", "pool.bias", "pool.weight"]
+    assert sorted(name for name, _ in read.requires_grad_(True).named_parameters()) == ["pool.bias", "pool.weight"]  # each gets a gradient, as DDP demands
+    assert reader(clip).device.type == "cpu" and reader(clip).to("meta").device.type == "meta"
     read({"caption": ["a red circle"]}).c.sum().backward()
     assert read.pool.weight.grad is not None and all(p.grad is None and not p.requires_grad for p in read._encoder[0].parameters())
     told = read.bfloat16()({"caption": ["a"]})
