@@ -272,7 +272,7 @@ class Train:
                 f"this machine multiplies {rate / 1e12:.3g} T operations a second in {train.precision}: {machine()}\n"
                 f"data: {self.data.data}, {len(data):,} pictures, each seen {train.steps * train.batch_size / len(data):,.3g} times, "
                 f"and {n - len(data):,} kept aside\n"
-                f"latents take {size / 1024:,.0f} KiB a picture, {size * n / 2**20:,.0f} MiB for these, {size * 1e6 / 2**30:,.0f} GiB for a million")
+                f"latents take {size / 1024:,.0f} KiB a picture, {size * n / 2**20:,.1f} MiB for these, {size * 1e6 / 2**30:,.0f} GiB for a million")
 
     def plan_many(self, costs) -> str:
         """What each of several devices will need, in a line; nothing for one."""
@@ -686,7 +686,7 @@ class Doctor:
         if not (folder / "run.json").is_file():
             model = open_model(self.model)
             if not hasattr(model, "first_stage"):
-                raise ValueError(f"model: got the first stage {self.model}, expected {PATIENTS}")
+                raise ValueError(f"model: got {self.model} of kind 'first-stage', expected {PATIENTS}")
             data, training = self.pictures(model.config, model.card)
             return examine(model, data, training=training, **options)
         said, card = read_json(folder / "run.json")["task"], folder / "model" / "card.json"

@@ -345,7 +345,7 @@ def test_few_pictures_are_said_to_be_those_of_the_training(photos, tmp_path, cap
 
 
 def test_doctor_says_what_it_examines(runs, capsys):
-    for model, what in ((runs / "ae", "a run of 'first-stage'"), ("scenes-kl-f4", "the first stage scenes-kl-f4")):
+    for model, what in ((runs / "ae", "a run of 'first-stage'"), ("scenes-kl-f4", "scenes-kl-f4 of kind 'first-stage'")):
         assert cli.main(["doctor", "--model", str(model)]) == 2
         told = capsys.readouterr().err
         assert f"model: got {what}" in told and "expected a diffusion model or its run" in told and "ldm-edu evaluate" in told
