@@ -29,6 +29,7 @@ from ldm_edu.checkpoint import (
     check_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    locked,
     newest_checkpoint,
     rotate_checkpoints,
     save_checkpoint,
@@ -844,6 +845,79 @@ def test_interrupted_cache_goes_on(tmp_path, monkeypatch):
     assert len(calls) == 3 + 3
     assert torch.equal(cached.fetch(range(23))["mean"], encode(Pictures().images)[0])
     assert cached.fetch([0, 7, 12])["caption"] == ["number 0", "number 7", "number 12"]
+
+
+def encode_beside(folder, wait, pause, told):
+    """In a process of its own: encode slowly, and tell how many rows of the cache are not what they should be."""
+    torch.set_num_threads(1)
+    time.sleep(wait)
+
+    def slowly(images):
+        time.sleep(pause)
+        return encode(images)
+
+    try:
+        cached = cache_latents(slowly, Pictures(), folder, key="k", keys_to_keep=("caption",), batch_size=4, progress=False)
+        told.put(int((cached.fetch(range(23))["mean"] != encode(Pictures().images)[0]).flatten(1).any(1).sum()))
+    except Exception as err:
+        told.put(f"{type(err).__name__}: {err}")
+
+
+@pytest.mark.parametrize("wait, pauses", [(0.0, (0.1, 0.1)), (0.4, (0.15, 0.15)), (0.3, (0.3, 0.05))])
+def test_two_runs_encode_into_one_folder(tmp_path, wait, pauses):
+    """Both get the whole cache, whoever is first, and the slower one leaves nothing behind."""
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    told = context.Queue()
+    runs = [context.Process(target=encode_beside, args=(tmp_path, *how, told)) for how in zip((0.0, wait), pauses, strict=True)]
+    for run in runs:
+        run.start()
+    assert [told.get(timeout=60) for _ in runs] == [0, 0]
+    for run in runs:
+        run.join()
+    assert [path.name[:8] for path in tmp_path.iterdir()] == ["latents-"]
+    cached = cache_latents(encode, Pictures(), tmp_path, key="k", keys_to_keep=("caption",), progress=False)
+    assert cached.fetch([0, 22])["caption"] == ["number 0", "number 22"]
+
+
+def test_without_locks_each_process_still_has_its_own_part(tmp_path, monkeypatch):
+    from ldm_edu import checkpoint
+
+    monkeypatch.setattr(checkpoint, "fcntl", None)
+    with checkpoint.locked(tmp_path / "a.lock") as held:
+        assert held is False
+    seen = []
+    cached = cache_latents(lambda x: seen.extend(p.name for p in tmp_path.glob(".part-*")) or encode(x), Pictures(), tmp_path, key="k", progress=False)
+    assert str(os.getpid()) in seen[0] and len(cached) == 23 and [path.name[:8] for path in tmp_path.iterdir()] == ["latents-"]
+
+
+def hold(path, told):
+    """In a process of its own: hold a lock until somebody kills it."""
+    with locked(path):
+        told.put(os.getpid())
+        time.sleep(60)
+
+
+def test_a_lock_names_its_owner_and_dies_with_it(tmp_path):
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    told, path = context.Queue(), tmp_path / "new" / "run.lock"
+    owner = context.Process(target=hold, args=(path, told))
+    owner.start()
+    pid = told.get(timeout=60)
+    for _ in range(2):  # a refusal does not loosen it
+        with pytest.raises(ValueError, match=rf"new: in use by process {pid} on .+ since \d{{4}}-\d\d-\d\d .*wait until it is done"), locked(path):
+            pass
+    owner.kill()
+    owner.join()
+    assert path.exists()
+    with locked(path) as held:
+        assert held and json.loads(path.read_text())["pid"] == os.getpid()
+        with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"), locked(path):
+            pass
+        assert path.exists()
+    assert not path.exists() and path.parent.exists()
+    with pytest.raises(KeyError), locked(tmp_path / "made" / "run.lock"):
+        raise KeyError
+    assert not (tmp_path / "made").exists()
 
 
 def test_cache_refusals(tmp_path):
