@@ -220,6 +220,7 @@ def _lock_file(path: Path) -> int | None:
         os.close(handle)
     if taken:
         raise ValueError(f"{path.parent}: in use by {_owner(path)}: wait until it is done, stop it, or take another folder")
+    return None
 
 
 def _owner(path: Path) -> str:
