@@ -6,7 +6,8 @@
 __all__ = ['CHECKPOINT_FORMAT', 'PROGRESS_SECONDS', 'fsync', 'commit_folder', 'commit_first', 'CheckpointError', 'file_record',
            'plain_tensors', 'save_checkpoint', 'check_checkpoint', 'load_checkpoint', 'list_checkpoints',
            'newest_checkpoint', 'rotate_checkpoints', 'locked', 'state_hash', 'LatentDataset', 'latent_batch',
-           'moments', 'field_arrays', 'cache_latents', 'check_batch_size', 'cache_identity', 'items_of', 'encode_batch']
+           'moments', 'stack_field', 'field_arrays', 'cache_latents', 'check_batch_size', 'cache_identity', 'items_of',
+           'encode_batch']
 
 # %% ../nbs/08b_checkpoints.ipynb #ed7914de
 """Files that outlive a run: checkpoints that are whole or absent, hashes of weights, latents encoded once.
@@ -335,6 +336,16 @@ def moments(encoded) -> Tensor:
     return torch.stack([mean, std], dim=1)
 
 # %% ../nbs/08b_checkpoints.ipynb #3b31448f
+def stack_field(key: str, values: Sequence) -> np.ndarray:
+    """A field's values in one array, Python's fractions in float32; raises ValueError, naming the field, for what makes none."""
+    shapes = list(dict.fromkeys(np.shape(v) for v in values))
+    array = np.stack([np.asarray(v) for v in values]) if len(shapes) == 1 else None
+    if array is None or array.dtype.kind not in "biuf":
+        kinds = ", ".join(dict.fromkeys(type(v).__name__ for v in values))
+        raise ValueError(f"{key}: got {kinds} of shape {', '.join(map(str, shapes[:3]))}, expected numbers of one shape in all items, or a text in each")
+    return array.astype(np.float32) if isinstance(values[0], float) else array
+
+
 def field_arrays(items: Sequence[Mapping], keep: Sequence[str], flips: bool, image_key: str = "image") -> tuple[dict, dict]:
     """Split the kept fields of some items into `(arrays, texts)`; the picture itself is kept in bytes, a quarter of its size.
 
@@ -348,7 +359,7 @@ def field_arrays(items: Sequence[Mapping], keep: Sequence[str], flips: bool, ima
         if isinstance(values[0], str):
             texts[key] = values
             continue
-        arrays[key] = np.stack([np.asarray(v) for v in values])
+        arrays[key] = stack_field(key, values)
         if key == image_key:
             arrays[key] = ((arrays[key] + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
         if flips and arrays[key].ndim > 2:
@@ -391,6 +402,8 @@ def cache_identity(dataset, key: str, keys_to_keep: Sequence[str], flips: bool, 
         raise ValueError("flips: got True, expected False: this data set's captions, boxes or maps change when a picture is mirrored")
     if not len(dataset):
         raise ValueError("dataset: got 0 items, expected at least 1")
+    if not hasattr(dataset, "fingerprint"):
+        raise ValueError(f"dataset: got a {type(dataset).__name__} without `fingerprint() -> str`, expected one that names its content: the cache is found by it")
     identity = {"key": key, "dataset": dataset.fingerprint(), "n": len(dataset), "fields": list(keys_to_keep),
                 "flips": flips, "dtype": dtype, "image_key": image_key}
     names = {"caption": "captions", "label": "labels"}  # kept beside the latents, and no part of a folder's fingerprint: a corrected caption counts
@@ -411,7 +424,7 @@ def items_of(dataset, indices: Sequence[int]) -> list:
 @torch.no_grad()
 def encode_batch(encode: Callable, items: Sequence[Mapping], image_key: str, flips: bool) -> np.ndarray:
     """Latents (b, views, parts, c, h, w) of some items, float32; with `flips` a second view, of the mirrored pictures."""
-    images = torch.stack([item[image_key] for item in items])
+    images = torch.stack([torch.as_tensor(item[image_key]) for item in items])
     views = [images, images.flip(-1)] if flips else [images]
     latents = torch.stack([moments(encode(v)).float().cpu() for v in views], dim=1)
     if not latents.isfinite().all():
@@ -434,7 +447,8 @@ def _fill(encode: Callable, dataset, final: Path, part: Path, info: dict, batch_
             fields, words = field_arrays(items, info["fields"], info["flips"], info["image_key"])
             latents = encode_batch(encode, items, info["image_key"], info["flips"]).astype(info["dtype"])
             _store(part, arrays, {"latents": latents} | {f"field-{k}": a for k, a in fields.items()}, start, n)
-            texts |= {k: texts.get(k, [])[:start] + values for k, values in words.items()}
+            for key, values in words.items():
+                texts.setdefault(key, [])[start:] = values
             bar.update(len(items))
             if indices[-1] == n - 1 or time.monotonic() - saved > PROGRESS_SECONDS:
                 _save_progress(part, arrays, texts, start + len(items))

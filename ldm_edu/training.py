@@ -7,7 +7,7 @@ __all__ = ['CHANGEABLE', 'RowRandom', 'epoch_order', 'batch_indices', 'TrainingT
            'check_betas', 'learning_rate', 'ema_decay', 'EMA', 'make_optimizer', 'simple_loop', 'StepBatches',
            'step_loader', 'OneAhead', 'Run', 'only_part', 'step_random', 'part_gradient', 'with_other_settings',
            'apply_part', 'train_step', 'save', 'restore', 'choose_precision', 'make_accelerator', 'any_process',
-           'own_folder', 'same_run', 'run_identity', 'wrap_model', 'spread_batch', 'start_run', 'report_step',
+           'own_folder', 'same_run', 'run_identity', 'wrap_model', 'evenly', 'start_run', 'report_step',
            'whole_average', 'evaluate', 'export', 'run_steps', 'train']
 
 # %% ../nbs/08_training.ipynb #252401ac
@@ -389,7 +389,7 @@ class Run:
     seconds: float = 0.0
     saved: Path | None = None  # newest checkpoint
     ahead: dict = field(default_factory=dict)  # of the next step, by part: randomness that is drawn already
-    skipped: int = 0  # steps in a row that the fp16 scaler refused
+    skipped: dict = field(default_factory=dict)  # steps in a row that the fp16 scaler refused, by part
 
 # %% ../nbs/08_training.ipynb #7d1f02c4
 @contextlib.contextmanager
@@ -450,8 +450,8 @@ def with_other_settings(run: Run) -> str:
 def apply_part(run: Run, part: str, loss: float, norm: float) -> None:
     """Update a part's parameters from the gathered gradient, or refuse when it is not finite."""
     config, scaled = run.config, run.config.precision == "fp16"
-    run.skipped = run.skipped + 1 if scaled and not np.isfinite(norm) else 0
-    if not np.isfinite(loss) or (not np.isfinite(norm) and not scaled) or run.skipped > 20:
+    run.skipped[part] = run.skipped.get(part, 0) + 1 if scaled and not np.isfinite(norm) else 0
+    if not np.isfinite(loss) or (not np.isfinite(norm) and not scaled) or run.skipped[part] > 20:
         run.optimizers[part].zero_grad()
         indices = batch_indices(run.batches.dataset, config.batch_size, config.seed, run.step)
         fault = NonFiniteLoss(run.step, loss, norm, indices, run.saved)
@@ -483,7 +483,7 @@ def train_step(run: Run, batch, wants_stop: Callable[[], bool] = lambda: False,
         logs, stop = logs | extra | {name: value * rows for name, value in seen.items()}, stop or stopping
     run.step += 1
     run.losses.append(loss)
-    if not run.skipped:  # an fp16 overflow changes no weight; the scaler lowers its factor
+    if not all(run.skipped.values()):  # an fp16 overflow changes no weight of its part; the scaler lowers its factor
         run.ema.update(run.model, run.step)
     return loss, norm, logs, stop
 
@@ -626,10 +626,9 @@ def wrap_model(task: TrainingTask, config: TrainConfig, accelerator: Accelerator
     return model, accelerator.prepare_model(model, evaluation_mode=True), [accelerator.prepare_optimizer(o) for o in optimizers], ema
 
 # %% ../nbs/08_training.ipynb #f628a9f4
-def spread_batch(dataset, most: int):
-    """A batch of (at most) so many evenly spaced items; None of no data."""
-    n = min(len(dataset), most) if dataset is not None else 0
-    return fetch_batch(dataset, [i * len(dataset) // n for i in range(n)]) if n else None
+def evenly(n: int, most: int) -> list[int]:
+    """(At most) so many evenly spaced indices below `n`."""
+    return [i * n // min(n, most) for i in range(min(n, most))]
 
 
 def start_run(task: TrainingTask, dataset, config: TrainConfig, out: Path, validation, resume: bool, held: contextlib.ExitStack | None = None) -> Run:
@@ -646,10 +645,13 @@ def start_run(task: TrainingTask, dataset, config: TrainConfig, out: Path, valid
     same_run(out, identity, resume)
     accelerator.wait_for_everyone()
     model, wrapped, optimizers, ema = wrap_model(task, config, accelerator)
+    if held is not None:
+        held.callback(accelerator.unwrap_model, wrapped, keep_fp32_wrapper=False)
     batches = StepBatches(dataset, config, share(config.batch_size, accelerator.num_processes, accelerator.process_index))
     run = Run(task, config, out, accelerator, model, torch.compile(wrapped) if config.compile else wrapped,
               dict(zip(task.parts, optimizers, strict=True)), ema, batches)
-    task.validation_batch = send_to_device(spread_batch(validation, config.batch_size), accelerator.device)
+    rows = evenly(len(validation), config.batch_size) if validation is not None else []
+    task.validation_batch = send_to_device(fetch_batch(validation, rows), accelerator.device) if rows else None
     restore(run)
     if run.step > config.steps:  # done already, and more
         run.config = batches.config = identity["config"] = config.replace(steps=run.step)
@@ -761,6 +763,5 @@ def train(task: TrainingTask, dataset, config: TrainConfig, out: str | Path, *, 
         finally:
             if log:
                 log.close()
-            run.accelerator.unwrap_model(run.callable, keep_fp32_wrapper=False)
             task.validation_batch = None
         return TrainResult(run.step, list(run.losses), run.seconds, out, average)
