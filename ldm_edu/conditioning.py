@@ -407,6 +407,9 @@ class NoCondition(Conditioner):
     def null(self, n: int) -> Condition:
         return Condition()
 
+    def prepare(self, prompts: Sequence) -> dict:
+        raise ValueError("this model is unconditional: it takes no prompts, neither positive nor negative; ask for n=... pictures instead")
+
 
 CONDITIONERS["none"] = NoCondition
 
@@ -459,7 +462,8 @@ CONDITIONERS["class"] = ClassConditioner
 
 # %% ../nbs/16_text.ipynb #bb0a3877
 def _label(config: ClassConfig, prompt) -> int:
-    """One class name, number, or number written as text, as a label."""
+    """One class name, number (NumPy's and torch's, too), or number written as text, as a label."""
+    prompt = prompt.item() if getattr(prompt, "ndim", None) == 0 else prompt
     if isinstance(prompt, str) and config.class_names and prompt.strip() in config.class_names:
         return config.class_names.index(prompt.strip())
     if isinstance(prompt, str) and prompt.strip().isdecimal():

@@ -13,14 +13,14 @@ The numbers themselves are in `metrics`, the networks in `features`. It draws no
 """
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .core import check_choice, check_images, derive_seed
+from .core import check_choice, check_images, derive_seed, spread_rows
 from .features import Extractor
 from .grader import wilson
 from .metrics import (COMPARABLE, FeatureStatistics, check_comparable, density_coverage, fid_against_n, fid_interval, kid,
@@ -41,9 +41,10 @@ class FeatureSet:
         """Count, mean and scatter, with the same provenance."""
         return FeatureStatistics(self.values, self.provenance)
 
-    def take(self, n: int) -> "FeatureSet":
-        """The first n of them (or all, where there are fewer)."""
-        return FeatureSet(self.values[:n], {**self.provenance, "n": min(n, len(self))})
+    def take(self, rows: int | Sequence[int]) -> "FeatureSet":
+        """These rows of them, e.g. `core.spread_rows(data, n)`; a number: the first so many (or all, where there are fewer)."""
+        values = self.values[:rows] if isinstance(rows, int) else self.values[list(rows)]
+        return FeatureSet(values, {**self.provenance, "n": len(values)})
 
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
         """Write to a safetensors file, provenance in its header; raises ValueError where one lies, unless `overwrite`."""
@@ -163,14 +164,15 @@ def compare(samples: FeatureSet, reference: FeatureSet, seed: int = 0) -> dict:
 def evaluate_samples(evaluator: Evaluator, images: Tensor, reference, training, cache: str | Path | None = None, seed: int = 0) -> dict:
     """Compare drawn pictures with unseen ones, and as many training pictures with the same (the floor); check for copies.
 
-    reference and training: data sets, disjoint for the check (it is left out where they are one and the same).
+    reference and training: data sets, disjoint for the check (it is left out where they are one and the same). The floor's pictures are
+    `core.spread_rows` of the training: of all its classes, also where these come one after the other.
     """
     unseen, seen = cached_features(evaluator, reference, cache), cached_features(evaluator, training, cache)
     drawn, same = evaluator.features(images, "samples"), unseen.provenance["data"] == seen.provenance["data"]
     out = {"features": {k: unseen.provenance[k] for k in COMPARABLE}, "reference": unseen.provenance["data"],
            "training": {"data": seen.provenance["data"], "n": len(seen)}, "samples": compare(drawn, unseen, seed)}
     if not same:
-        out["floor"] = compare(seen.take(len(drawn)), unseen, seed)
+        out["floor"] = compare(seen.take(spread_rows(training, len(drawn))), unseen, seed)
         copies = memorisation(drawn.values, seen.values, unseen.values)
         low, high = wilson(round(copies.share * len(drawn)), len(drawn))
         out["memorisation"] = {**copies._asdict(), "low": low, "high": high}

@@ -12,13 +12,12 @@ Conditions are duck-typed: tensors with one row per image, or objects with `len`
 and `select(keep, other)` (rows where keep is True, the other's elsewhere).
 No sampler, no schedule and no network live here: a guided model is a function of (x, t) like any other.
 """
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .core import check_choice
+from .core import check_choice, check_number
 
 # %% ../nbs/15_guidance.ipynb #918acdda
 def guide(
@@ -52,16 +51,17 @@ def _cat(a, b):
 
 def _check_guidance(condition, null, guidance_scale: float, rescale: float, interval) -> None:
     """Raise ValueError for guidance that cannot be computed."""
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale: got {guidance_scale}, expected a finite number (1 = off)")
+    guidance_scale = check_number("guidance_scale", guidance_scale, "a finite number (1 = off)")
     if null is None and guidance_scale != 1:
         raise ValueError(f"null: got None at guidance_scale={guidance_scale}, expected the empty condition")
     if guidance_scale != 1 and len(null) != len(condition):
         raise ValueError(f"null: got {len(null)} rows, expected {len(condition)}, as many as the condition")
-    if not 0 <= rescale <= 1:
+    if not 0 <= check_number("rescale", rescale, "a number in [0, 1] (0 = off)") <= 1:
         raise ValueError(f"rescale: got {rescale}, expected a number in [0, 1] (0 = off)")
-    if interval is not None and (len(interval) != 2 or not 0 <= interval[0] <= interval[1]):
-        raise ValueError(f"interval: got {interval}, expected two steps 0 <= low <= high: guidance acts for low <= t < high")
+    wanted = "two steps 0 <= low <= high: guidance acts for low <= t < high"
+    steps = [check_number("interval", step, wanted) for step in interval] if isinstance(interval, (tuple, list)) else None
+    if interval is not None and (steps is None or len(steps) != 2 or not 0 <= steps[0] <= steps[1]):
+        raise ValueError(f"interval: got {interval!r}, expected {wanted}")
 
 # %% ../nbs/15_guidance.ipynb #56f6b822
 class GuidedModel:

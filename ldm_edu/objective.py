@@ -126,7 +126,7 @@ def diffusion_loss(model: Callable, x0: Tensor, schedule: NoiseSchedule, t: Tens
     """Weighted error of `model(x_t, t)` for each sample, (b,) float32 (float64 for float64 data) [LDM eq. 1, DDPM eq. 14].
 
     `x0` and `eps` are (b, ...), `t` is (b,) integers or one integer; `reduction` over a sample's elements is "mean", or
-    "sum" for nats. Distance "l1" (three of LDM's released models) takes weighting "simple": the others weigh squares.
+    "sum" for nats. Distance "l1" (four of LDM's released models) takes weighting "simple": the others weigh squares.
     Raises ValueError for unknown names and for a prediction whose shape is not x0's.
     """
     check_choice("distance", distance, DISTANCES)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .core import check_choice, randn
+from .core import check_choice, check_whole, randn
 from .objective import PREDICTIONS, to_eps, to_x0
 
 # %% ../nbs/05_samplers.ipynb #fe9c8119
@@ -37,12 +37,12 @@ class Prediction(NamedTuple):
 class Denoiser:
     """A network, its schedule and what it predicts, behind one call: `denoiser(x_t, t) -> Prediction(x0, eps)`.
 
-    Raises ValueError for an unknown prediction, a wrong output shape, or an eps-model asked at alphas_cumprod = 0.
+    Raises ValueError for an unknown prediction, a step outside 0 ... T - 1, a wrong output shape, or an eps-model asked at alphas_cumprod = 0.
     """
 
     def __init__(
         self,
-        model: Callable[[Tensor, Tensor], Tensor],  # (x_t (b, ...), t (b,) int64) -> its raw output, shaped like x_t
+        model: Callable[[Tensor, Tensor], Tensor],  # (x_t (b, ...), t (b,) int64) -> its raw output, shaped like x_t; samplers bring at least float32
         schedule,  # anything with `alphas_cumprod` of shape (T,)
         prediction: str = "eps",  # "eps", "x0" or "v": what the raw output means
     ):
@@ -57,6 +57,7 @@ class Denoiser:
         return 1.0 if t == -1 else self.table[t]
 
     def __call__(self, x_t: Tensor, t: int) -> Prediction:
+        t = check_whole("t", t, 0, self.T - 1)
         acp = torch.tensor(self.acp(t), dtype=torch.float64)
         if acp == 0 and self.prediction == "eps":
             raise ValueError(f"got an eps-model at t={t}, where alphas_cumprod = 0: x_t holds no signal there, so x0 "
@@ -84,12 +85,11 @@ def timesteps(S: int, T: int, spacing: str = "trailing") -> list[int]:
     """Choose exactly S strictly decreasing steps of [0, T), for any S in 1 ... T [Lin et al. 2023, table 2].
 
     trailing: round(T k / S) - 1, k = S ... 1; leading: floor(T k / S), k = S - 1 ... 0; linspace: T - 1 down to 0;
-    quadratic: near (T - 1) (k / (S - 1)) ** 2, k = S - 1 ... 0 [DDIM app. D.2, there from 0.8 T].
+    quadratic: near (T - 1) (k / (S - 1)) ** 2, k = S - 1 ... 0 [DDIM app. D.2; its code starts at 0.8 T].
     Raises ValueError when S is no integer in 1 ... T or the spacing is unknown.
     """
     check_choice("spacing", spacing, SPACINGS)
-    if isinstance(S, bool) or not isinstance(S, int) or not 1 <= S <= T:
-        raise ValueError(f"steps: got {S!r}, expected an integer in 1 ... {T}")
+    S = check_whole("steps", S, 1, T)
     if spacing == "trailing":
         return [round(Fraction(T * k, S)) - 1 for k in range(S, 0, -1)]
     if spacing == "leading":
@@ -253,7 +253,7 @@ def _steps_near(S: int, alphas_cumprod: Sequence[float], place: Callable) -> lis
 def log_snr_timesteps(S: int, alphas_cumprod: Sequence[float]) -> list[int]:
     """Choose exactly S strictly decreasing steps, T - 1 down to 0, as equal in log-SNR as integers allow.
 
-    The spacing in which DPM-Solver's theory takes its steps [DPM-Solver sec. 3.4]. Raises ValueError as `timesteps`.
+    The spacing in which DPM-Solver's theory takes its steps [DPM-Solver sec. 3.3]. Raises ValueError as `timesteps`.
     """
     return _steps_near(S, alphas_cumprod, lambda start, end: torch.linspace(start, end, S, dtype=torch.float64))
 

@@ -170,6 +170,7 @@ class UNetConfig(Config):
     def __post_init__(self):
         if self.heads is None and self.head_dim is None:
             object.__setattr__(self, "head_dim", 32)  # written down, so that a saved config always says it
+        self.settle()
         check_config(self)
 
     @property
@@ -246,11 +247,13 @@ def _build_mid(config: UNetConfig, width: int) -> nn.ModuleList:
 def check_inputs(config: UNetConfig, x: Tensor, t: Tensor, context: Tensor | None, context_mask: Tensor | None,
                  c: Tensor | None, contexts: int = 1) -> None:
     """Raise ValueError, with the numbers, when the inputs of `UNet.forward` do not fit its config."""
-    if contexts < 1 or (contexts > 1 and context is None):
-        raise ValueError(f"contexts: got {contexts}, expected at least 1" if context is not None else f"contexts: got {contexts} without a context, expected 1")
+    if not isinstance(contexts, int) or contexts < 1 or (contexts > 1 and context is None):
+        raise ValueError(f"contexts: got {contexts!r}, expected at least 1, an integer" if context is not None else f"contexts: got {contexts!r} without a context, expected 1")
     check_shape("x", x, "b c h w", c=config.in_channels)
     (b, _, h, w), factor = x.shape, config.downsample_factor
     check_shape("t", t, "b", b=b)
+    if t.dtype == torch.bool or t.is_floating_point() or t.is_complex():
+        raise ValueError(f"t: got dtype {t.dtype}, expected whole numbers: steps 0 ... T - 1")
     if h % factor or w % factor or not h or not w:
         raise ValueError(f"x: got height {h} and width {w}, expected positive multiples of {factor}")
     for name, value, width in (("context", context, config.context_dim), ("c", c, config.c_dim)):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -383,6 +384,21 @@ def test_the_text_encoder_learns_which_colour_belongs_to_which_shape(tokenizer):
         loss.backward()
         optimizer.step()
     assert (head(model({"caption": captions}).c).argmax(1) == target).all()
+
+
+def test_labels_may_be_numbers_of_numpy_and_torch():
+    read = ClassConditioner(ClassConfig(3, ("a", "b", "c"), width=8))
+    plain = read.prepare([0, 2, 1])["label"]
+    for prompts in ([np.int64(0), torch.tensor(2), "b"], np.array([0, 2, 1]), torch.tensor([0, 2, 1]), np.array(["a", "c", "b"])):
+        assert torch.equal(read.prepare(prompts)["label"], plain)
+    for wrong, message in ((np.int64(3), "class 3: expected 0 to 2"), (torch.tensor(1.0), "class 1.0 is unknown"), (np.bool_(True), "class True is unknown")):
+        with pytest.raises(ValueError, match=message):
+            read.prepare([wrong])
+
+
+def test_a_model_without_condition_says_so():
+    with pytest.raises(ValueError, match="this model is unconditional: it takes no prompts"):
+        NoCondition().prepare(["a red circle"])
 
 
 # ---------------------------------------------------------------- class and none

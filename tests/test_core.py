@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from ldm_edu import core
+from ldm_edu.data import Scenes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +89,96 @@ def test_noise_of_an_image_does_not_depend_on_its_batch():
         core.randn((3, 1), core.make_generators(0, 2))
     with pytest.raises(ValueError, match="got 2 seeds, expected 3"):
         core.make_generators([1, 2], 3)
+
+
+@pytest.mark.parametrize("seed", [1.5, "42", b"4", None, torch.tensor(1.0), [0, 1.0, 2], torch.zeros(3, 1, dtype=torch.int64)])
+def test_seeds_that_are_no_integers_are_refused(seed):
+    with pytest.raises(TypeError, match="(?s)seed: got .*expected an integer"):
+        core.make_generators(seed, 3)
+
+
+def test_seeds_may_be_numbers_of_numpy_and_torch():
+    noise = core.randn((3, 2), core.make_generators(7, 3))
+    for seed in (np.int64(7), torch.tensor(7), [7, np.int32(8), torch.tensor(9)], np.arange(7, 10), torch.arange(7, 10), range(7, 10)):
+        assert torch.equal(core.randn((3, 2), core.make_generators(seed, 3)), noise)
+
+
+def test_two_seeds_that_the_generator_takes_for_one_are_refused():
+    with pytest.raises(ValueError, match="seed: got 4294967301, expected 0 to 4294967295.*the picture of 5 "):
+        core.check_seeds(5 + 2**32, 1)
+    with pytest.raises(ValueError, match="got -1"):
+        core.check_seeds(-1, 2)
+    with pytest.raises(ValueError, match="got 4294967296"):
+        core.check_seeds(2**32 - 1, 2)
+    assert core.check_seeds(2**32 - 1, 1) == [2**32 - 1] and core.check_seeds([3, 1], 2) == [3, 1] and core.check_seeds(3, 2) == [3, 4]
+    with pytest.raises(ValueError, match="got 2 seeds, expected 3"):
+        core.check_seeds([1, 2], 3)
+
+
+@pytest.mark.parametrize("value, least, most, expected", [
+    ("2", 1, None, "an integer of at least 1"), (True, None, None, "an integer"), (2.0, 1, 5, r"an integer in 1 \.\.\. 5"), (0, 1, 5, "1"), (6, 1, 5, "5"),
+    (torch.tensor(2.0), None, None, "an integer"), (torch.tensor([1, 2]), None, None, "an integer"), (None, None, None, "an integer")])
+def test_whole_numbers_that_are_none_are_refused(value, least, most, expected):
+    with pytest.raises(ValueError, match=f"(?s)steps: got .*, expected {expected}" if "integer" in expected else f"got {value}, .*{expected}"):
+        core.check_whole("steps", value, least, most)
+
+
+@pytest.mark.parametrize("value", ["3", b"3", None, [1.0, 2.0], float("nan"), float("inf"), torch.ones(2)])
+def test_numbers_that_are_none_are_refused(value):
+    with pytest.raises(ValueError, match="(?s)scale: got .*, expected a finite number"):
+        core.check_number("scale", value)
+
+
+def test_numbers_of_numpy_and_torch_become_plain():
+    for value in (np.int64(2), torch.tensor(2), 2):
+        assert core.check_whole("steps", value, 1, 2) == 2 and type(core.check_whole("steps", value)) is int
+    for value in (np.float32(0.5), torch.tensor(0.5), 0.5):
+        assert core.check_number("scale", value) == 0.5 and type(core.check_number("scale", value)) is float
+
+
+@pytest.mark.parametrize("counts, n", [([50] * 4, 8), ([50] * 4, 50), ([900, 50, 50], 40), ([7, 1, 1, 91], 99), ([1000], 3)])
+def test_rows_for_all_come_from_every_class(counts, n):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    rows = core.spread_rows(labels, n)
+    assert rows == sorted(set(rows)) and len(rows) == n and 0 <= rows[0] and rows[-1] < len(labels) and rows == core.spread_rows(labels, n)
+    shares = np.bincount(labels[rows], minlength=len(counts)) - n * np.array(counts) / len(labels)
+    assert np.abs(shares).max() <= 2, "each class in proportion, to within one row at each of its ends"
+
+
+@pytest.mark.parametrize("period", [2, 3, 5, 10])
+def test_rows_for_all_hide_no_period(period):
+    """Two views of every object, in turn: evenly spaced rows might show one of them only."""
+    found = np.bincount(np.array(core.spread_rows(range(6000), 600)) % period, minlength=period)
+    assert (np.abs(found - 600 / period) < 4 * (600 / period) ** 0.5).all()
+
+
+def test_few_rows_are_all_and_scenes_are_in_no_order():
+    class View:
+        def __init__(self, dataset):
+            self.dataset = dataset
+
+        def __len__(self):
+            return len(self.dataset)
+
+    assert core.spread_rows(range(5), 5) == core.spread_rows(range(5), 9) == list(range(5)) and core.spread_rows(range(5), 0) == []
+    scenes = Scenes(16, n=100)
+    assert core.spread_rows(scenes, 7) == core.spread_rows(View(View(scenes)), 7) == list(range(7))
+    assert core.spread_rows(View(range(100)), 7) == core.spread_rows(range(100), 7) != list(range(7))
+
+
+def test_equal_choices_make_equal_configs():
+    @dataclasses.dataclass(frozen=True)
+    class Choice(core.Config):
+        widths: tuple[int, ...] = (1, 2)
+        extra: tuple[int, ...] | None = None
+        rate: float = 0.5
+
+        def __post_init__(self):
+            self.settle()
+
+    for same in (Choice([1, 2]), Choice([np.int64(1), torch.tensor(2)]), Choice(rate=np.float64(0.5))):
+        assert same == Choice() and hash(same) == hash(Choice()) and json.dumps(same.to_dict()) == json.dumps(Choice().to_dict())
+    assert Choice(extra=[3]).extra == (3,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

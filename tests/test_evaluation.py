@@ -319,6 +319,45 @@ def test_evaluate_samples_catches_a_memoriser(evaluator, x, scenes, tmp_path):
     assert "memorisation" not in same and "floor" not in same
 
 
+def test_the_floor_is_measured_on_every_class_of_a_folder():
+    """Rows that lie class by class, as an `ImageFolder` reads them: the first rows would be one class, and real pictures look wrong."""
+    shades, noise = torch.linspace(-0.9, 0.9, 4).repeat_interleave(60), torch.Generator().manual_seed(0)
+    pictures = (shades[:, None, None, None] + 0.05 * torch.randn(240, 3, 8, 8, generator=noise)).clamp(-1, 1)
+
+    class Sorted:
+        def __init__(self, rows):
+            self.rows = rows
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, i):
+            return {"image": self.rows[i]}
+
+        def fingerprint(self):
+            return f"{len(self.rows)} rows from {self.rows[0].mean():.6f}"
+
+    training, unseen = Sorted(pictures[::2]), Sorted(pictures[1::2])
+    means = Evaluator(mean_extractor())
+    out = evaluate_samples(means, unseen.rows[::3], unseen, training)
+    first = compare(means.features(training.rows).take(40), means.features(unseen.rows))
+    assert out["floor"]["fid"]["value"] < 0.05 < first["fid"]["value"] and out["floor"]["recall"]["value"] > 0.8
+    assert first["recall"]["value"] < 0.5
+    assert out["floor"]["n"] == 40
+
+
+def test_scenes_are_in_no_order_so_the_floor_keeps_its_rows(evaluator, x, scenes):
+    training, unseen = Scenes(32, n=300, fields=("image",)), Scenes(32, n=64, split="validation", seed=9, fields=("image",))
+    floor = evaluate_samples(evaluator, x, unseen, training)["floor"]
+    assert floor == compare(evaluator.features(training).take(N), evaluator.features(unseen)), "shipped cards were measured on the first rows"
+
+
+def test_rows_are_taken_by_number_or_by_place():
+    whole = FeatureSet(torch.arange(6.0)[:, None], {"n": 6})
+    assert whole.take(2).values[:, 0].tolist() == [0, 1] and whole.take(9).provenance["n"] == 6
+    assert whole.take([5, 2, 0]).values[:, 0].tolist() == [5, 2, 0] and whole.take([5, 2, 0]).provenance["n"] == 3
+
+
 def test_memorisation_in_pixels_finds_exact_copies():
     train, held = (Scenes(32, n=200, split=s, fields=("image",)).render(range(200))["image"].flatten(1) for s in ("train", "validation"))
     assert memorisation(train[:50], train, held).share == 1.0

@@ -356,3 +356,13 @@ def unconditional_error(p: float) -> float:
 def test_training_without_dropout_leaves_the_null_unlearned():
     assert unconditional_error(0.2) < 0.3
     assert unconditional_error(0.0) > 0.5  # bug 12: the null embedding never saw a gradient
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"guidance_scale": "3"}, "guidance_scale: got '3', expected a finite number"), ({"guidance_scale": None}, "guidance_scale: got None"),
+    ({"rescale": "0.5"}, "rescale: got '0.5', expected a number in"), ({"rescale": float("nan")}, "rescale: got nan"), ({"interval": 5}, "interval: got 5, expected two steps"),
+    ({"interval": (1,)}, "interval: got .1,., expected two steps"), ({"interval": ("0", 5)}, "interval: got '0', expected two steps"),
+    ({"interval": (5, float("nan"))}, "interval: got nan"), ({"interval": "ab"}, "interval: got 'ab'")])
+def test_guidance_that_is_no_number_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        GuidedModel(lambda x, t, c: x, torch.zeros(2, 1), torch.zeros(2, 1), **{"guidance_scale": 2.0, **options})

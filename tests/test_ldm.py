@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -170,10 +171,166 @@ def test_other_sizes_and_latents():
     ({"prompts": ["d"]}, "d.*a, b, c"), ({"prompts": []}, "empty list"), ({"seed": [1, 2, 3]}, "3 seeds, expected 1"),
     ({"guidance_scale": float("nan")}, "nan"), ({"guidance_rescale": 2.0}, "rescale: got 2"),
     ({"guidance_interval": (5, 1)}, "interval: got"), ({"batch_size": 0}, "batch_size"), ({"spacing": "even"}, "even.*trailing"),
+    ({"guidance_scale": "3"}, "guidance_scale: got '3', expected a finite number"), ({"guidance_rescale": "0.5"}, "rescale: got '0.5', expected a number in"),
+    ({"guidance_interval": 5}, "interval: got 5, expected two steps"), ({"guidance_interval": ("0", 5)}, "interval: got .*expected two steps"),
+    ({"size": (32,)}, r"size: got \(32,\), expected one number of pixels, or two"), ({"size": "32"}, "size: got '32', expected an integer"),
+    ({"size": (32.0, 32)}, "size: got 32.0"), ({"n": "2"}, "n: got '2', expected an integer"), ({"n": True}, "n: got True"), ({"batch_size": "2"}, "batch_size: got '2'"),
+    ({"window": "16"}, "window: got '16', expected an integer"), ({"window": 16, "overlap": "8"}, "overlap: got '8'"), ({"tile": "16"}, "tile: got '16'"),
+    ({"steps": "2"}, "steps: got '2', expected an integer in 1 ... 100"), ({"steps": 2.0}, "steps: got 2.0"), ({"steps": True}, "steps: got True"),
+    ({"seed": 2**32}, "seed: got 4294967296, expected 0 to 4294967295"), ({"seed": -1}, "seed: got -1"), ({"prompts": 1.5}, "1.5"), ({"prompts": True}, "True"),
+    ({"x_T": torch.zeros(2, 4, 4, 4)}, r"x_T: got shape \(2, 4, 4, 4\), expected \(1 4 4 4\)"),
 ])
 def test_bad_requests_say_what_was_expected(arguments, message):
     with pytest.raises(ValueError, match=message):
         tiny().sample(**{"prompts": ["a"], "steps": 2, **arguments})
+
+
+@pytest.mark.parametrize("arguments", [{"seed": 1.5}, {"seed": "42"}])
+def test_seeds_that_are_no_integers_are_refused(arguments):
+    with pytest.raises(TypeError, match="seed: got .*, expected an integer"):
+        tiny().sample(["a"], steps=2, **arguments)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    model, plain = tiny(), {"n": 2, "steps": 3, "seed": 5, "size": (16, 32), "batch_size": 1, "guidance_scale": 2.0, "guidance_interval": (0, 60)}
+    drawn = model.sample([1, 1], **plain)
+    theirs = {"n": np.int64(2), "steps": np.int64(3), "seed": np.int64(5), "size": (np.int64(16), torch.tensor(32)), "batch_size": torch.tensor(1),
+              "guidance_scale": np.float32(2), "guidance_interval": (np.int64(0), torch.tensor(60))}
+    for prompts in ([np.int64(1), torch.tensor(1)], np.array([1, 1]), torch.tensor([1, 1]), np.int64(1), torch.tensor(1)):
+        assert torch.equal(model.sample(prompts, **theirs), drawn)
+
+
+def test_conditions_are_encoded_as_they_are_needed():
+    """Thousands of pictures are drawn in batches; nothing may be as large as all of them."""
+    model = tiny()
+    seen, prompts = [], [i % 3 for i in range(11)]
+    model.net.conditioner.table.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    drawn = model.sample(prompts, steps=1, batch_size=4, negative="a", guidance_scale=2.0, decode=False)
+    assert max(seen) == 4 and sum(seen) == 22, "each row of both conditions once"
+    for start in (0, 4, 8):
+        part = model.sample(prompts[start : start + 4], steps=1, seed=start, negative="a", guidance_scale=2.0, decode=False)
+        assert torch.equal(drawn[start : start + 4], part), "a batch is what it would be alone"
+    seen.clear()
+    model.sample(batch={"label": torch.tensor(prompts), "name": "kept"}, n=11, steps=1, batch_size=4, decode=False)
+    model.sample(n=11, steps=1, batch_size=4, decode=False)
+    assert max(seen) == 4
+
+
+def test_pictures_that_condition_are_encoded_as_they_are_needed():
+    model, scenes = ldm_edu.load("scenes-inpaint"), Scenes(32, n=5, fields=("image",)).render(range(5))["image"]
+    seen, mask = [], torch.zeros(5, 1, 32, 32)
+    mask[..., :16] = 1
+    model.first_stage.encoder.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    drawn = model.sample(batch={"image": scenes, "mask": mask}, steps=1, batch_size=2)
+    assert seen == [2, 2, 1] and torch.equal(drawn[..., 16:], scenes[..., 16:])
+    torch.testing.assert_close(drawn[4:], model.sample([(scenes[4], mask[4])], steps=1, seed=4), atol=1e-4, rtol=0)
+
+
+def test_noise_to_start_from_is_cut_with_its_rows():
+    model, noise = tiny(), torch.randn(7, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    drawn = model.sample(["b"] * 7, steps=2, x_T=noise, batch_size=3)
+    torch.testing.assert_close(drawn, model.sample(["b"] * 7, steps=2, x_T=noise), atol=1e-5, rtol=0)
+    assert torch.equal(drawn[3:6], model.sample(["b"] * 3, steps=2, x_T=noise[3:6]))
+    with pytest.raises(ValueError, match=r"x_T: got shape \(6, 4, 4, 4\), expected \(7 4 4 4\)"):
+        model.sample(["b"] * 7, steps=2, x_T=noise[:6], batch_size=3)
+
+
+@pytest.mark.parametrize("n", [2, 6])
+def test_batches_of_another_count_are_refused(n):
+    model, mask = tiny(), torch.ones(4, 1, 32, 32)
+    with pytest.raises(ValueError, match=f"n: got {n} images for a batch of 4 rows, expected 4"):
+        model.sample(batch={"label": torch.tensor([0, 1, 2, 1])}, n=n, steps=2)
+    with pytest.raises(ValueError, match=f"n: got {n} images for a batch of 4 rows, expected 4"):
+        ldm_edu.load("scenes-inpaint").sample(batch={"image": torch.zeros(4, 3, 32, 32), "mask": mask}, n=n, steps=2)
+    with pytest.raises(ValueError, match="4 rows of image, 3 rows of mask"):
+        ldm_edu.load("scenes-inpaint").sample(batch={"image": torch.zeros(4, 3, 32, 32), "mask": mask[:3]}, steps=2)
+    with pytest.raises(ValueError, match="reads 'label'"):
+        model.sample(batch={"caption": ["a"]}, steps=2)
+    assert tiny(NoCondition()).sample(batch={}, n=n, steps=1).shape[0] == n
+
+
+def test_every_part_comes_back_into_its_own_mode():
+    model = tiny()
+    model.train()
+    model.first_stage.eval()
+    model.net.unet.mid.eval()
+    modes = [part.training for part in model.modules()]
+    model.sample(["a"], steps=1)
+    assert [part.training for part in model.modules()] == modes and len(set(modes)) == 2
+    with pytest.raises(RuntimeError), L.evaluating(model):
+        assert not any(part.training for part in model.modules())
+        raise RuntimeError
+    assert [part.training for part in model.modules()] == modes
+
+
+def test_pictures_need_not_be_square(tmp_path):
+    square, wide = tiny(), tiny()
+    wide.config = wide.config.replace(image_size=(16, 32))
+    drawn = wide.sample(["a"], steps=2)
+    assert drawn.shape == (1, 3, 16, 32) and torch.equal(drawn, square.sample(["a"], steps=2, size=(16, 32)))
+    again = L.load(L.save(wide, tmp_path / "wide"))
+    assert again.config == wide.config and again.config.image_size == (16, 32) and again.sample(["a"], steps=2).shape == drawn.shape
+    assert square.config.replace(image_size=(16, 16)) == square.config and square.config.to_dict()["image_size"] == 16, "as it was always written"
+    for size in (None, (16,), "16", 16.0, (16, 32, 3)):
+        with pytest.raises(ValueError, match="image_size: got"):
+            square.config.replace(image_size=size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_in_another_precision_draws_in_it(dtype):
+    plain, model = tiny(), tiny().to(dtype)
+    prompts = ["a", "b"]
+    torch.testing.assert_close(model.sample(prompts, steps=2), plain.sample(prompts, steps=2), atol=1e-4 if dtype == torch.float64 else 1.0, rtol=0)
+    z = model.encode(torch.zeros(1, 3, 16, 16, dtype=torch.float64))
+    assert z.dtype == torch.float64 and model.decode(z).dtype == torch.float64 and plain.decode(plain.encode(model.decode(z))).dtype == torch.float64
+
+
+def test_where_float64_is_the_default_models_draw():
+    torch.set_default_dtype(torch.float64)
+    try:
+        drawn = ldm_edu.load("scenes-class").sample([1], steps=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(drawn.float(), ldm_edu.load("scenes-class").sample([1], steps=2), atol=1e-3, rtol=0)
+
+
+def test_a_compiled_part_is_saved_under_its_plain_names(tmp_path):
+    model = tiny()
+    drawn = model.sample(["b"], steps=2)
+    model.net.unet, model.first_stage.decoder = torch.compile(model.net.unet, backend="eager"), torch.compile(model.first_stage.decoder, backend="eager")
+    again = L.load(L.save(model, tmp_path / "m"))
+    assert torch.equal(again.sample(["b"], steps=2), drawn) and not any("_orig_mod" in name for name in again.state_dict())
+
+
+def test_weights_that_a_precision_cannot_hold_are_not_written(tmp_path):
+    model = tiny()
+    with torch.no_grad():
+        model.net.unet.conv_in.weight[0, 0, 0, 0] = 70000.0
+    with pytest.raises(ValueError, match="net.unet.conv_in.weight: got weights up to 7e.04, expected at most 6.55e.04 for torch.float16"):
+        L.save(model, tmp_path / "m", dtype=torch.float16)
+    assert not (tmp_path / "m").exists()
+    L.load(L.save(model, tmp_path / "m", dtype=torch.bfloat16))
+
+
+def test_first_stages_of_other_channels_encode(tmp_path):
+    stage = AutoencoderConfig(4, 8, (1, 2, 2), 1, mid_attention=False, num_groups=4, in_channels=1)
+    model = L.build(L.LDMConfig(stage, tiny().config.unet, tiny().config.conditioner, image_size=16)).eval()
+    assert model.encode(torch.zeros(2, 1, 16, 16)).shape == (2, 4, 4, 4) and model.sample(["a"], steps=1).shape == (1, 1, 16, 16)
+    with pytest.raises(ValueError, match="c=1"):
+        model.encode(torch.zeros(2, 3, 16, 16))
+
+
+def test_encoding_compiles_in_one_piece_and_needs_no_numbers():
+    model, x = tiny(), Scenes(16, n=2, fields=("image",)).render(range(2))["image"]
+    torch.testing.assert_close(torch.compile(model.encode, backend="eager", fullgraph=True)(x), model.encode(x), rtol=0, atol=0)
+    assert model.to("meta").encode(x.to("meta")).shape == (2, 4, 4, 4)
+
+
+def test_a_part_of_a_model_is_not_saved_as_something_else(tmp_path):
+    for part in (tiny().net, tiny().net.unet):
+        with pytest.raises(ValueError, match=f"model: got a {type(part).__name__}, expected a latent diffusion model"):
+            L.save(part, tmp_path / "part")
+    assert not (tmp_path / "part").exists()
 
 
 def test_wrong_pictures_and_latents_are_refused():
@@ -210,8 +367,10 @@ def test_save_and_load_give_the_same_pictures(tmp_path):
 def test_an_unconditional_model_draws_without_prompts(tmp_path):
     model = tiny(NoCondition())
     assert model.sample(n=3, steps=2).shape == (3, 3, 16, 16)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="this model is unconditional: it takes no prompts"):
         model.sample(["a"], steps=2)
+    with pytest.raises(ValueError, match="this model is unconditional"):
+        model.sample(negative="a", steps=2)
 
 
 def test_weights_that_do_not_fit_are_listed(tmp_path):

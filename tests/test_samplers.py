@@ -5,6 +5,7 @@ import math
 import types
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -661,3 +662,21 @@ def test_registry():
         x_T = torch.randn(2, 3, 4, 4)
         runs = [info.function(Denoiser(net(), SCHEDULE), x_T, timesteps(4, T), generator=make_generators(s, 2)) for s in (0, 9)]
         assert torch.equal(*runs) is not info.stochastic
+
+
+@pytest.mark.parametrize("t", [-2, -1, T, 1000000, 2.0, "3", True, torch.tensor(1.5)])
+def test_steps_that_the_schedule_has_not_are_refused(t):
+    denoiser = Denoiser(lambda x_t, t: x_t, SCHEDULE)
+    with pytest.raises(ValueError, match=rf"t: got .*, expected an integer in 0 \.\.\. {T - 1}"):
+        denoiser(torch.zeros(2, 3), t)
+    assert denoiser.calls == 0
+
+
+def test_steps_may_be_numbers_of_numpy_and_torch():
+    denoiser = Denoiser(lambda x_t, t: x_t * (1 + t[:, None]), SCHEDULE)
+    plain = denoiser(torch.ones(2, 3), 7)
+    for t in (np.int64(7), torch.tensor(7), np.array(7)):
+        assert all(torch.equal(a, b) for a, b in zip(denoiser(torch.ones(2, 3), t), plain))
+    assert timesteps(np.int64(5), T) == timesteps(torch.tensor(5), T) == timesteps(5, T)
+    with pytest.raises(ValueError, match="steps: got '5', expected an integer in 1"):
+        timesteps("5", T)

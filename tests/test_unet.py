@@ -1,6 +1,8 @@
 """The UNet: parity with diffusers, published sizes, shapes refused, gradients, conditioning, historical bugs."""
 import dataclasses
+import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers_maps import diffusers_unet, randomise, to_diffusers
@@ -191,7 +193,17 @@ def bad_inputs():
         r"context: got shape \(4, 5, 24\), expected \(b n d\), b=2": ((x, t, context.repeat(2, 1, 1)), {}),
         r"context_mask: got shape \(2, 5\), expected \(b n\), b=4": ((x, t, context.repeat(2, 1, 1)), {"context_mask": mask, "contexts": 2}),
         "contexts: got 0, expected at least 1": ((x, t, context), {"contexts": 0}),
+        "contexts: got '2', expected at least 1, an integer": ((x, t, context), {"contexts": "2"}),
+        "t: got dtype torch.float32, expected whole numbers": ((x, t.float(), context), {}),
+        "t: got dtype torch.bool, expected whole numbers": ((x, t > 0, context), {}),
     }
+
+
+def test_a_config_is_the_same_however_its_numbers_came():
+    plain = UNetConfig(4, 4, 32, (1, 2), 1, (2,), num_groups=8, cross_levels=(1,), context_dim=8)
+    other = UNetConfig(np.int64(4), torch.tensor(4), 32, [1, np.int32(2)], 1, [2], num_groups=8, cross_levels=[1], context_dim=8)
+    assert other == plain and hash(other) == hash(plain) and json.dumps(other.to_dict()) == json.dumps(plain.to_dict())
+    assert UNetConfig.from_dict(json.loads(json.dumps(other.to_dict()))) == plain
 
 
 @pytest.mark.parametrize("message", bad_inputs())
