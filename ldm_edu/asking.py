@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'PICTURE', 'read_layouts', 'read_map', 'read_picture', 'read_mask', 'Asked', 'gather_prompts',
-           'check_place', 'check_files', 'check_pictures', 'put_pictures']
+           'check_place', 'check_files', 'check_samples', 'put_pictures']
 
 # %% ../nbs/93b_asking.ipynb #6c0a0004
 """Requests in files and words, for the command line: read, check, make one prompt per picture of them, and put the answer in its place."""
@@ -111,7 +111,7 @@ def gather_prompts(conditioner: Conditioner, asked: Asked) -> list:
     parts = dict(conditioner.parts) if isinstance(conditioner, JointConditioner) else {conditioner.to_dict()["name"]: conditioner}
     given = _read_all(asked, parts)
     if given and "none" in parts:
-        raise ValueError(f"prompts: got {sum(map(len, given.values()))}, but this model takes none: it draws what it likes, as many pictures as --n says")
+        raise ValueError(f"prompts: got {sum(map(len, given.values()))}, expected none: this model draws what it likes, as many pictures as --n says")
     for name, values in given.items():
         if name not in parts:
             raise ValueError(f"{OPTIONS.get(name, 'prompts')}: got some, but this model takes {', '.join(OPTIONS.get(n, 'prompts') for n in parts)}")
@@ -158,7 +158,7 @@ def check_files(paths: Sequence[Path], overwrite: bool = False, name: str = "out
 PICTURE = re.compile(r"\d{4,}\.png")
 
 
-def check_pictures(out: Path, overwrite: bool = False) -> None:
+def check_samples(out: Path, overwrite: bool = False) -> None:
     """Raise ValueError unless numbered pictures, sheet.png and samples.json can be put into `out`: none is there, or `overwrite` is set."""
     check_place(out)
     taken = sorted(path for path in out.iterdir() if PICTURE.fullmatch(path.name) or path.name in ("sheet.png", "samples.json"))

@@ -124,8 +124,8 @@ def matrix_rate(device: str | torch.device, dtype: torch.dtype = torch.float32, 
 class Costs:
     """What a training will need."""
 
-    parameters: int
-    flops: int  # of one step
+    parameters: int  # of the UNet: neither first stage nor encoder of conditions is counted
+    flops: int  # of one step, of the UNet
     memory: int  # bytes, at the peak of a step
     step_seconds: float
     steps: int
@@ -135,7 +135,7 @@ class Costs:
         """In two lines."""
         days = self.step_seconds * self.steps / 86400
         span = f"{days:,.1f} days" if days >= 1 else f"{24 * days:.1f} hours"
-        return (f"{self.parameters:,} parameters; {self.flops / 1e12:,.2f} T operations a step\n"
+        return (f"{self.parameters:,} parameters in the UNet; {self.flops / 1e12:,.2f} T operations a step\n"
                 f"needs {self.memory / 2**30:,.1f} GiB at batch {self.batch_size}; {self.step_seconds:.3g} s a step, {span} for {self.steps:,} steps")
 
 

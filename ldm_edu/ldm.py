@@ -97,7 +97,8 @@ class LatentSpace(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor, generator=None) -> Tensor:
         """Images to scaled latents: the posterior's mean, or a sample of it where a generator is given."""
-        check_images(images)
+        if self.config.first_stage.in_channels == 3:  # what else a first stage takes, it checks itself
+            check_images(images)
         posterior = self.first_stage.encode(like_weights(self.first_stage, images.to(self.device)))
         z = posterior.mode() if generator is None else posterior.sample(generator)
         return z.to(images.dtype) * self.config.scale_factor
@@ -336,7 +337,8 @@ def save(model: nn.Module, folder: str | Path, card: dict | None = None, dtype: 
     """Write a model or a first stage to `folder`: weights as safetensors (in `dtype` if given), config and card as JSON.
 
     `first_stage`: the shipped name of the model's first stage; its weights are then not written again, but found there.
-    Raises ValueError where the folder holds a model already, unless `overwrite`, where `first_stage` has other weights, and for a part of a model.
+    Raises ValueError where the folder holds a model already, unless `overwrite`, where `first_stage` has other weights, for a part of
+    a model, and for weights that `dtype` cannot hold.
     """
     folder = Path(folder)
     if (folder / "config.json").exists() and not overwrite:
@@ -344,22 +346,31 @@ def save(model: nn.Module, folder: str | Path, card: dict | None = None, dtype: 
     kind = "latent-diffusion" if hasattr(model, "first_stage") else "first-stage" if hasattr(model, "decode") else None
     if kind is None:
         raise ValueError(f"model: got a {type(model).__name__}, expected a latent diffusion model, or a first stage with encode and decode")
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    state = {k.replace("_orig_mod.", ""): v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}  # as if never compiled
     shared = {}
     if first_stage is not None and kind == "first-stage":
         raise ValueError(f"first_stage: got {str(first_stage)!r} for a model that is a first stage itself, expected a latent diffusion model")
     if first_stage is not None:
-        mark = state_hash(model.first_stage)
+        mark = state_hash({k.removeprefix("first_stage."): v for k, v in state.items() if k.startswith("first_stage.")})
         shared, known = {"shared_first_stage": [str(first_stage), mark]}, shared_first_stage(first_stage, mark)
         state = {k: v for k, v in state.items() if k.removeprefix("first_stage.") not in known}
     if dtype is not None:
-        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+        state = {k: _narrow(k, v, dtype) if v.is_floating_point() else v for k, v in state.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / "model.safetensors") as part:
         save_file(state, part)
     write_json(folder / "card.json", card or getattr(model, "card", {}))
     write_json(folder / "config.json", {"kind": kind, **model.config.to_dict(), **shared})
     return folder
+
+
+def _narrow(name: str, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights in another precision; raises ValueError where finite ones would become infinite."""
+    narrow = weights.to(dtype)
+    if (lost := weights.isfinite() & ~narrow.isfinite()).any():
+        raise ValueError(f"{name}: got weights up to {weights[lost].abs().max():.3g}, expected at most {torch.finfo(dtype).max:.3g} for {dtype}; "
+                         "pass dtype=torch.bfloat16 or None")
+    return narrow
 
 
 def shared_first_stage(name: str | Path, mark: str) -> dict[str, Tensor]:

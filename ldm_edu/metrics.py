@@ -39,7 +39,12 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
     for name, value, pattern in (("cov_a", cov_a, "d e"), ("mean_b", mean_b, "d"), ("cov_b", cov_b, "d e")):
         check_shape(name, value, pattern, d=d, e=d)
     mean_a, cov_a, mean_b, cov_b = (v.double() for v in (mean_a, cov_a, mean_b, cov_b))
-    cross = torch.linalg.svdvals(matrix_root(cov_a) @ matrix_root(cov_b)).sum()
+    return _distance(mean_a, cov_a, matrix_root(cov_a), mean_b, cov_b, matrix_root(cov_b))
+
+
+def _distance(mean_a: Tensor, cov_a: Tensor, root_a: Tensor, mean_b: Tensor, cov_b: Tensor, root_b: Tensor) -> float:
+    """`frechet_distance` with the roots at hand."""
+    cross = torch.linalg.svdvals(root_a @ root_b).sum()
     return max(0.0, ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item())
 
 
@@ -78,6 +83,7 @@ class FeatureStatistics:
 
     def __init__(self, features: Tensor | None = None, provenance: Mapping | None = None):
         self.n, self.mean, self.scatter, self.provenance = 0, torch.zeros(0).double(), torch.zeros(0, 0).double(), dict(provenance or {})
+        self._root = None  # of the scatter it was taken of, and the root itself
         if features is not None:
             self.update(features)
 
@@ -111,6 +117,13 @@ class FeatureStatistics:
             raise ValueError(f"statistics: got {self.n} feature vectors, expected at least 2")
         return self.scatter / (self.n - 1)
 
+    @property
+    def root(self) -> Tensor:
+        """`matrix_root` of the covariance, taken once: a reference meets many sets of samples."""
+        if self._root is None or self._root[0] is not self.scatter:
+            self._root = self.scatter, matrix_root(self.covariance)
+        return self._root[1]
+
 # %% ../nbs/09_metrics.ipynb #016bca96
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], provenance: Mapping, overwrite: bool = False) -> Path:
     """Write tensors and their provenance to one safetensors file; raises ValueError where one lies, unless `overwrite`."""
@@ -136,7 +149,9 @@ def load_tensors(path: str | Path, names: Sequence[str]) -> tuple[dict[str, Tens
 def fid(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """Frechet distance of two sets of features [FID eq. 6]. Raises ValueError where their provenances differ."""
     check_comparable(a.provenance, b.provenance)
-    return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+    cov_a, cov_b = a.covariance, b.covariance
+    check_shape("mean_b", b.mean, "d", d=len(a.mean))
+    return _distance(a.mean, cov_a, a.root, b.mean, cov_b, b.root)
 
 
 def save_statistics(statistics: FeatureStatistics, path: str | Path, overwrite: bool = False) -> Path:
@@ -306,7 +321,7 @@ def bootstrap(rows: Tensor, statistic: Callable[[Tensor], float] | None = None, 
     if len(rows) < 1 or resamples < 2 or not 0 < level < 1:
         raise ValueError(f"got {len(rows)} rows, {resamples} resamples, level {level}, expected some rows, 2 resamples, 0 < level < 1")
     statistic = statistic or (lambda r: r.double().mean().item())
-    draws = [torch.randint(len(rows), (len(rows),), generator=generator).to(rows.device) for _ in range(resamples)]
+    draws = (torch.randint(len(rows), (len(rows),), generator=generator).to(rows.device) for _ in range(resamples))  # one at a time in memory
     values = torch.tensor([float(statistic(rows[d])) for d in draws], dtype=torch.float64)
     low, high = values.quantile(torch.tensor([0.5 - level / 2, 0.5 + level / 2], dtype=torch.float64)).tolist()
     return Interval(float(statistic(rows)), low, high)

@@ -143,8 +143,8 @@ class NonFiniteLoss(RuntimeError):
         self.step, self.loss, self.norm, self.indices, self.checkpoint = step, loss, norm, list(indices), checkpoint
         shown = ", ".join(map(str, self.indices[:64])) + (", ..." if len(self.indices) > 64 else "")
         super().__init__(f"step {step}: loss {loss}, gradient norm {norm}. Items of this batch: {shown}. "
-                         f"Last good checkpoint: {checkpoint}. Look at these items; if they are sound, start again in another folder, with a "
-                         "lower lr or a precision of more range (fp16 -> bf16 -> fp32): a folder goes on with its own settings only.")
+                         f"Last good checkpoint: {checkpoint}. Look at these items; if they are sound, lower lr or use a "
+                         "precision of more range (fp16 -> bf16 -> fp32).")
 
 
 class TrainingInterrupted(Exception):
@@ -238,22 +238,15 @@ def check_folder(out: Path, identity: Mapping, resume: bool, changeable: Sequenc
     if not (out / "run.json").exists():
         if started:
             raise ValueError(f"out: {out} holds checkpoints but no run.json, so nothing says whose they are; use another folder")
+        if (out / "log.jsonl").exists():
+            raise ValueError(f"out: {out} holds a log.jsonl but no run.json: it is another program's, and would be written over; use another folder")
         return
     there, here = flatten(_brought_up_to_date(read_json(out / "run.json"), identity)), flatten(plain(identity))
     free = {f"config.{name}" for name in changeable}
     keys = [k for k in sorted({*there, *here} - free) if not _same(there.get(k), here.get(k))]
     if keys:
         listed = "; ".join(f"{k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in keys)
-        data = "; as many items, but not the same: have files been changed, renamed or copied since?" if keys == ["dataset.fingerprint"] else ""
-        raise ValueError(f"out: {out} holds another run ({listed}); use another folder or the same settings{data}")
-    _check_steps(out, here.get("config.steps"))
-
-
-def _check_steps(out: Path, asked: int | None) -> None:
-    """Raise ValueError where more steps are done than the run is asked for: its card would tell of fewer than it had."""
-    done = max((step for step, _ in list_checkpoints(out / "checkpoints")), default=0)
-    if asked is not None and done > asked:
-        raise ValueError(f"steps: got {asked} for {out}, where {done} are done already; expected at least {done}, or another folder")
+        raise ValueError(f"out: {out} holds another run ({listed}); use another folder or the same settings")
 
 # %% ../nbs/94_runs.ipynb #39d19dee
 def optimizer_tensors(model: nn.Module, optimizer) -> dict[str, Tensor]:
@@ -297,9 +290,10 @@ class RunLog:
     @staticmethod
     def _at_most(line: str, step: int) -> bool:
         try:
-            return json.loads(line)["step"] <= step
+            row = json.loads(line)
         except ValueError:  # the line that a kill cut in half
             return False
+        return not isinstance(row, dict) or row.get("step", 0) <= step  # what others have noted stays
 
     @staticmethod
     def _open_board(out: Path, step: int):

@@ -264,7 +264,7 @@ MUTATIONS = (
     _m(14, "the factor is the latents' deviation, not its inverse", "recipes.latent_scale",
        "variance.rsqrt()", "variance.sqrt()", "test_recipes.py::test_scaled_draws_have_unit_variance"),
     _m(14, "the factor leaves out the posterior's own noise", "recipes.latent_scale",
-       ' + batch["std"].double().square().mean()', "", "test_recipes.py::test_scaled_draws_have_unit_variance"),
+       " + noise / n", "", "test_recipes.py::test_scaled_draws_have_unit_variance"),
     _m(14, "the statistics of latents report the deviation as the factor", "autoencoder.LatentStatistics.scale_factor",
        "1.0 / self.std", "self.std", "test_autoencoder.py::test_latent_statistics_against_samples"),
     # 15 heads

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from PIL import Image
 from ldm_edu import cli, recipes
 from ldm_edu.captions import parse_caption
 from ldm_edu.data import Scenes
-from ldm_edu.ldm import load, load_first_stage
+from ldm_edu.ldm import load, load_first_stage, save
 from ldm_edu.perceptual import load_perceptual
 from ldm_edu.schedule import ScheduleConfig
 from ldm_edu.unet import UNETS
@@ -244,20 +245,19 @@ def test_evaluate_prints_and_writes(runs, capsys):
     (["train", "--first-stage", "AE", "--data", "missing-folder"], "missing-folder"),
     (["train-autoencoder", "--steps", "0"], "steps: got 0"),
     (["train-autoencoder", "--size", "18", "--items", "4", "--out", "OUT"], "size: got 18, expected a multiple of 4 .the first stage divides by 4"),
-    (["train-autoencoder", "--betas", "0.9"], "betas: got 0.9, expected two numbers"),
-    (["train-autoencoder", "--betas", "0.9", "1.0"], "betas: got 0.9 1.0, expected two numbers"),
-    (["train-autoencoder", "--seed", "18446744073709551616"], "seed: got 18446744073709551616, expected 0 to 4294967295"),
-    (["train-autoencoder", "--seed", "-1"], "seed: got -1, expected 0 to 4294967295"),
+    (["train-autoencoder", "--betas", "0.9"], "betas: got .0.9,., expected two numbers"),
+    (["train-autoencoder", "--betas", "0.9", "1.0"], "betas: got .0.9, 1.0., expected two numbers"),
+    (["train-autoencoder", "--seed", "18446744073709551616"], "seed: got 18446744073709551616, expected an integer of 64 bits"),
     (["sample", "a red circle", "--model", "TEXT", "--seed", "4294967296"], "seed: got 4294967296"),
     (["train-autoencoder", "--model.ch-mult", "1", "0"], "model.ch_mult: got 1 0, expected a width of at least 1"),
-    (["train", "--first-stage", "AE", "--betas", "0.9"], "betas: got 0.9, expected two numbers"),
+    (["train", "--first-stage", "AE", "--betas", "0.9"], "betas: got .0.9,., expected two numbers"),
     (["train", "--first-stage", "AE", "--size", "36"], "size: got 36, expected a multiple of 8 .the first stage divides by 4, the UNet by 2"),
     (["train", "--first-stage", "AE", "--prediction", "y"], "prediction: got 'y', expected one of 'eps', 'x0', 'v'"),
-    (["train", "--first-stage", "AE", "--condition-dropout", "1.5"], "condition_dropout: got 1.5, expected a share from 0 to 1"),
-    (["train", "--first-stage", "AE", "--condition-dropout", "-1"], "condition_dropout: got -1.0, expected a share"),
-    (["train", "--first-stage", "AE", "--condition-dropout", "nan"], "condition_dropout: got nan, expected a share"),
-    (["train", "--first-stage", "AE", "--recipe", "class-tiny", "--reading-steps", "5"], "reading_steps: got 5 for a model of class, expected 0"),
-    (["train", "--first-stage", "AE", "--start-from", "TEXT", "--prediction", "eps"], "start_from: got .*text, which predicts v, expected eps"),
+    (["train", "--first-stage", "AE", "--condition-dropout", "1.5"], "condition_dropout, .*: got 1.5.*expected a share from 0 to 1"),
+    (["train", "--first-stage", "AE", "--condition-dropout", "-1"], "condition_dropout, .*: got -1.0.*expected a share"),
+    (["train", "--first-stage", "AE", "--condition-dropout", "nan"], "condition_dropout, .*: got nan.*expected a share"),
+    (["train", "--first-stage", "AE", "--recipe", "class-tiny", "--reading-steps", "5"], "reading_steps: got 5 for a class condition, expected 0"),
+    (["train", "--first-stage", "AE", "--start-from", "TEXT", "--prediction", "eps"], "start_from: got .*text, which predicts v, expected --prediction eps"),
     (["train", "--start-from", "TEXT"], "start_from: got .*text, a model of another first stage, expected scenes-kl-f4"),
     (["evaluate", "--model", "TEXT", "--prompts", "0"], "prompts: got 0, expected at least 1"),
     (["evaluate", "--model", "TEXT", "--samples", "-1"], "samples: got -1, expected at least 0"),
@@ -345,7 +345,7 @@ def test_few_pictures_are_said_to_be_those_of_the_training(photos, tmp_path, cap
 
 
 def test_doctor_says_what_it_examines(runs, capsys):
-    for model, what in ((runs / "ae", "a run of 'first-stage'"), ("scenes-kl-f4", "the first stage scenes-kl-f4")):
+    for model, what in ((runs / "ae", "a run of 'first-stage'"), ("scenes-kl-f4", "scenes-kl-f4 of kind 'first-stage'")):
         assert cli.main(["doctor", "--model", str(model)]) == 2
         told = capsys.readouterr().err
         assert f"model: got {what}" in told and "expected a diffusion model or its run" in told and "ldm-edu evaluate" in told
@@ -362,8 +362,64 @@ def test_a_damaged_file_of_weights_is_a_sentence(runs, tmp_path, monkeypatch, ca
     assert "model.safetensors: not a readable safetensors file" in capsys.readouterr().err
     damaged = lambda *args: features.load_file(tmp_path / "model.safetensors")
     monkeypatch.setattr(cli, "load_features", damaged)
-    assert cli.main(["evaluate", "--model", str(runs / "ae"), "--size", "16", "--cache", str(tmp_path / "cache")]) == 2
-    assert "got a .safetensors file that is damaged or cut off" in capsys.readouterr().err
+    assert cli.main(["evaluate", "--model", str(runs / "ae"), "--size", "16", "--cache", str(tmp_path / "cache")]) == 1
+    assert "a .safetensors file could not be read or written whole" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"unet": []}, "got a config.json that describes no model|UNetConfig"), ({"unet": None}, "describes no model|expected a mapping"),
+    ({"schedule": 7}, ""), ({"scale_factor": "x"}, ""), ({"conditioner": {"name": "text"}}, ""),
+])
+def test_a_damaged_config_is_named(runs, tmp_path, capsys, change, message):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((runs / "text" / "model" / name).read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((tmp_path / "config.json").read_text()) | change))
+    for command in ("sample", "evaluate"):
+        assert cli.main([command, "--model", str(tmp_path), "--out", str(tmp_path / command / "x.json")]) == 2
+        told = capsys.readouterr().err
+        assert re.match(f"ldm-edu: {re.escape(str(tmp_path))}: .*({message})", told), told
+
+
+def test_a_run_without_a_model_is_called_unfinished(runs, tmp_path, capsys):
+    (tmp_path / "run.json").write_bytes((runs / "text" / "run.json").read_bytes())
+    assert cli.main(["sample", "a red circle", "--model", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "a run that has not finished: the command that began it goes on with it" in capsys.readouterr().err
+
+
+def test_a_model_of_photographs_is_not_measured_on_scenes(runs, tmp_path, monkeypatch, capsys):
+    """By default `evaluate` and `pack` draw scenes: a distance to them says nothing about a model of something else."""
+    model, stage = load(runs / "text"), load_first_stage(runs / "ae")
+    model.card = stage.card = {"data": "ImageFolder, 60000 items, abc"}
+    save(model, tmp_path / "text"), save(stage, tmp_path / "ae")
+    few = ["size", "16", "samples", "8", "references", "16", "training", "16", "cache", str(tmp_path / "cache")]
+    for prefix, args in (("", ["evaluate"]), ("measures.", ["pack", "--out", str(tmp_path / "copy")])):
+        options = [f"--{prefix}{value}" if i % 2 == 0 else value for i, value in enumerate(few)]
+        assert cli.main([*args, "--model", str(tmp_path / "text"), *options]) == 2
+        assert "data: got scenes for a model of other pictures (ImageFolder, 60000 items, abc), expected such" in capsys.readouterr().err
+        assert not list(tmp_path.rglob("copy/*"))
+    options = [f"--{value}" if i % 2 == 0 else value for i, value in enumerate(few)]
+    assert cli.main(["evaluate", "--model", str(tmp_path / "ae"), *options]) == 0  # a first stage may be asked how it does on others
+    told = capsys.readouterr()
+    assert json.loads(told.out)["notes"] == ["measured on scenes, trained on other pictures: ImageFolder, 60000 items, abc"]
+    assert "measured on scenes, trained on other pictures" in told.err
+
+
+def test_ctrl_c_is_no_fault(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ldm_edu.ldm.LatentDiffusion.sample", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["sample", "a red circle", "--model", str(runs / "text"), "--out", str(tmp_path / "out")]) == 130
+    assert "stopped by SIGINT" in capsys.readouterr().err
+
+
+def test_pack_leaves_nothing_half_made(runs, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "copy"
+    monkeypatch.setattr(cli.Evaluate, "measure", lambda *args: (_ for _ in ()).throw(ValueError("no such data")))
+    assert cli.main(["pack", "--model", str(runs / "ae"), "--out", str(out), "--measures.size", "16", "--measures.cache", str(tmp_path / "cache")]) == 2
+    assert "no such data" in capsys.readouterr().err and not list(out.iterdir())
+
+
+def test_the_last_of_two_recipes_counts():
+    command = cli._parse(["train", "--recipe", "text-demo", "--recipe", "class-tiny"])
+    assert command.recipe == "class-tiny" and command.train == recipes.DIFFUSIONS["class-tiny"].train
 
 
 def test_pack_does_not_take_the_place_of_the_model_itself(runs, capsys):
@@ -378,7 +434,7 @@ def test_a_model_without_conditions_says_how_many_pictures_to_ask_for():
     from ldm_edu.conditioning import NoCondition
 
     assert gather_prompts(NoCondition(), Asked()) == []
-    with pytest.raises(ValueError, match="prompts: got 2, but this model takes none: it draws what it likes, as many pictures as --n says"):
+    with pytest.raises(ValueError, match="prompts: got 2, expected none: this model draws what it likes, as many pictures as --n says"):
         gather_prompts(NoCondition(), Asked(texts=["a red circle", "a blue square"]))
 
 
@@ -390,6 +446,43 @@ def test_a_map_is_read_by_no_program(tmp_path):
     (tmp_path / "map.eps").rename(tmp_path / "map.png")
     with pytest.raises(ValueError, match="map.png: not a readable map .cannot identify image file"):
         read_map(tmp_path / "map.png")
+
+
+def test_rows_of_every_class_are_measured(photos, monkeypatch):
+    """Folders come class by class: the first few pictures would all be of the first class."""
+    data, _ = cli.DataOptions(str(photos / "shapes"), size=16).open(keys=("label",))
+    asked = []
+
+    class Model:
+        first_stage, net = None, SimpleNamespace(conditioner=SimpleNamespace(keys=("label",)))
+
+        def sample(self, batch, **options):
+            asked.append(batch["label"])
+
+    cli.draw_like(Model(), data, 6, 1, 0)
+    assert len(set(map(int, asked[0]))) >= 4 and len(asked[0]) == 6
+    cli.draw_like(Model(), data, 50, 1, 0)
+    assert list(map(int, asked[1])) == [int(data[i % len(data)]["label"]) for i in range(50)]
+
+
+def test_a_log_of_another_program_is_not_written_over(tmp_path):
+    from ldm_edu.runs import RunLog, check_folder
+
+    (tmp_path / "log.jsonl").write_text('{"time": 3}\n')
+    with pytest.raises(ValueError, match="holds a log.jsonl but no run.json: it is another program's"):
+        check_folder(tmp_path, {"config": {}}, True)
+    RunLog(tmp_path, 4).write(5, {"loss": 1.0})
+    RunLog(tmp_path, 4)
+    assert (tmp_path / "log.jsonl").read_text() == '{"time": 3}\n', "a line without a step stays, one of a later step goes"
+
+
+def test_advice_for_little_memory_can_be_followed():
+    """Another precision or batch is another run, which this folder refuses; another accumulation is not."""
+    from ldm_edu.runs import OutOfMemory, explain_out_of_memory
+
+    small, words = SimpleNamespace(accumulation=2), "Raise accumulation from 2 to 4 .*the run resumes.* Or start again in another folder, with precision='bf16'"
+    with pytest.raises(OutOfMemory, match=words), explain_out_of_memory(small, 3, 64, torch.device("cpu")):
+        raise torch.OutOfMemoryError("no room")
 
 
 def test_a_folder_with_another_run_is_refused(runs, capsys):

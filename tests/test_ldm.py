@@ -294,6 +294,38 @@ def test_where_float64_is_the_default_models_draw():
     torch.testing.assert_close(drawn.float(), ldm_edu.load("scenes-class").sample([1], steps=2), atol=1e-3, rtol=0)
 
 
+def test_a_compiled_part_is_saved_under_its_plain_names(tmp_path):
+    model = tiny()
+    drawn = model.sample(["b"], steps=2)
+    model.net.unet, model.first_stage.decoder = torch.compile(model.net.unet, backend="eager"), torch.compile(model.first_stage.decoder, backend="eager")
+    again = L.load(L.save(model, tmp_path / "m"))
+    assert torch.equal(again.sample(["b"], steps=2), drawn) and not any("_orig_mod" in name for name in again.state_dict())
+
+
+def test_weights_that_a_precision_cannot_hold_are_not_written(tmp_path):
+    model = tiny()
+    with torch.no_grad():
+        model.net.unet.conv_in.weight[0, 0, 0, 0] = 70000.0
+    with pytest.raises(ValueError, match="net.unet.conv_in.weight: got weights up to 7e.04, expected at most 6.55e.04 for torch.float16"):
+        L.save(model, tmp_path / "m", dtype=torch.float16)
+    assert not (tmp_path / "m").exists()
+    L.load(L.save(model, tmp_path / "m", dtype=torch.bfloat16))
+
+
+def test_first_stages_of_other_channels_encode(tmp_path):
+    stage = AutoencoderConfig(4, 8, (1, 2, 2), 1, mid_attention=False, num_groups=4, in_channels=1)
+    model = L.build(L.LDMConfig(stage, tiny().config.unet, tiny().config.conditioner, image_size=16)).eval()
+    assert model.encode(torch.zeros(2, 1, 16, 16)).shape == (2, 4, 4, 4) and model.sample(["a"], steps=1).shape == (1, 1, 16, 16)
+    with pytest.raises(ValueError, match="c=1"):
+        model.encode(torch.zeros(2, 3, 16, 16))
+
+
+def test_encoding_compiles_in_one_piece_and_needs_no_numbers():
+    model, x = tiny(), Scenes(16, n=2, fields=("image",)).render(range(2))["image"]
+    torch.testing.assert_close(torch.compile(model.encode, backend="eager", fullgraph=True)(x), model.encode(x), rtol=0, atol=0)
+    assert model.to("meta").encode(x.to("meta")).shape == (2, 4, 4, 4)
+
+
 def test_a_part_of_a_model_is_not_saved_as_something_else(tmp_path):
     for part in (tiny().net, tiny().net.unet):
         with pytest.raises(ValueError, match=f"model: got a {type(part).__name__}, expected a latent diffusion model"):

@@ -506,3 +506,29 @@ def test_pictures_in_another_range_are_refused(measure):
     assert_close(measure(255 * x, 255 * y, data_range=255.0), measure(x, y, data_range=1.0), atol=1e-3, rtol=1e-4)
     assert measure(2 * x - 1, 50 * y).isfinite().all(), "what diverged is measured against what did not"
     assert measure(1.5 * (2 * x - 1), 1.5 * (2 * y - 1)).isfinite().all(), "a little beyond is what networks paint"
+
+
+def test_a_reference_gives_its_root_once(monkeypatch):
+    """For thousands of features the root costs seconds, and a bootstrap asks a hundred times."""
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(30, 6, generator=draw), 1.2 * torch.randn(40, 6, generator=draw)
+    reference, calls, root = metrics.FeatureStatistics(y), [], metrics.matrix_root
+    plain = [metrics.frechet_distance(s.mean, s.covariance, reference.mean, reference.covariance) for s in map(metrics.FeatureStatistics, (x, x[:20]))]
+    monkeypatch.setattr(metrics, "matrix_root", lambda m: calls.append(m) or root(m))
+    assert [metrics.fid(metrics.FeatureStatistics(s), reference) for s in (x, x[:20])] == plain and len(calls) == 3
+    before = metrics.fid(metrics.FeatureStatistics(x), reference)
+    reference.update(y[:5] + 3)
+    assert metrics.fid(metrics.FeatureStatistics(x), reference) != before, "more pictures, another root"
+    with pytest.raises(ValueError, match=r"mean_b: got shape \(4,\)"):
+        metrics.fid(reference, metrics.FeatureStatistics(x[:, :4]))
+
+
+def test_a_bootstrap_holds_one_draw_at_a_time(monkeypatch):
+    """A thousand resamples of 20,000 rows are 160 MB of numbers; one is enough at a time."""
+    values, draws, made, seen, real = torch.randn(50, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1), [], [], torch.randint
+    monkeypatch.setattr(metrics.torch, "randint", lambda *a, **k: made.append(1) or real(*a, **k))
+    out = metrics.bootstrap(values, lambda rows: seen.append(len(made)) or rows.mean().item(), 40, generator=torch.Generator().manual_seed(1))
+    assert seen[:40] == list(range(1, 41)), "each is drawn when its turn comes"
+    means = torch.tensor([values[real(50, (50,), generator=draws)].mean().item() for _ in range(40)], dtype=torch.float64)
+    ends = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    assert out == pytest.approx((values.mean().item(), *ends), rel=1e-12), "the draws of one generator, in turn"

@@ -12,21 +12,30 @@ import training_toy as toy
 from torch.testing import assert_close
 
 from ldm_edu.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm_edu.checkpoint import state_hash
 from ldm_edu.conditioning import NoCondition
 from ldm_edu.data import Scenes
-from ldm_edu.ldm import LDMConfig, build, load, load_first_stage
+from ldm_edu.ldm import LDMConfig, build, load, load_first_stage, save
+from ldm_edu.losses import AdversarialConfig, PatchDiscriminator
 from ldm_edu.objective import PREDICTIONS
 from ldm_edu.quantize import AutoencoderVQ, IdentityStage
 from ldm_edu.recipes import (
+    DIFFUSIONS,
+    FIRST_STAGES,
+    PIXELS_ONLY,
+    PUBLISHED_STAGES,
+    AdversarialTask,
     DiffusionRecipe,
     DiffusionTask,
     FirstStageRecipe,
+    FirstStageTask,
     latent_scale,
+    measure_latents,
     train_autoencoder,
     train_diffusion,
 )
 from ldm_edu.schedule import ScheduleConfig
-from ldm_edu.training import RowRandom, TrainConfig
+from ldm_edu.training import NonFiniteLoss, RowRandom, TrainConfig, make_optimizer
 from ldm_edu.unet import UNetConfig
 
 STAGE = AutoencoderConfig(4, 8, (1, 2, 2), 1, mid_attention=False, num_groups=4)
@@ -185,6 +194,10 @@ def test_a_vq_stage_trains_resumes_and_carries_a_diffusion_model(tmp_path, decay
     x = data.render(range(24))["image"]
     with torch.no_grad():
         loaded = load_first_stage(tmp_path / "whole")
+        assert state_hash(loaded) == state_hash(whole) and loaded.card == whole.card and whole.card["steps"] == 40
+        assert not {"reduce", "process"} & set(vars(whole.quantize)) and whole.quantize.patience == 0, "nothing of the run is left"
+        save(whole, tmp_path / "again")
+        assert state_hash(load_first_stage(tmp_path / "again")) == state_hash(whole)
         assert_close(loaded.decode(loaded.encode(x).mode()), whole.decode(whole.encode(x).mode()))
     rows = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").open()]
     assert {"usage", "perplexity", "commitment", "psnr"} <= set(rows[-1]) and rows[-1]["usage"] > 0.3
@@ -211,6 +224,37 @@ def test_diffusion_on_pixels_by_the_identity_stage(tmp_path):
     assert_close(again.sample(n=2, steps=2), model.sample(n=2, steps=2))
     with pytest.raises(ValueError, match="nothing to train"):
         train_autoencoder(data, FirstStageRecipe(stage.config, QUICK), tmp_path / "stage", progress=False)
+
+
+def test_the_returned_model_knows_where_it_comes_from(tmp_path):
+    data = Scenes(16, n=8, objects=(1, 1), fields=("image",))
+    stage = IdentityStage(AutoencoderConfig(3, 8, (1,), double_z=False, num_groups=4))
+    options = {"progress": False, "unet": {"model_channels": 8, "num_groups": 4, "head_dim": 8, "attention_levels": (2,)}}
+    model = train_diffusion(data, stage, DiffusionRecipe("tiny", "none", train=QUICK), tmp_path / "run", **options)
+    save(model, tmp_path / "copy")
+    assert load(tmp_path / "copy").card == load(tmp_path / "run").card == model.card and model.card["steps"] == 3
+    card = tmp_path / "run" / "model" / "card.json"
+    card.write_text(json.dumps(model.card | {"measured": 1, "date": "long ago"}))
+    again = train_diffusion(data, stage, DiffusionRecipe("tiny", "none", train=QUICK), tmp_path / "run", **options)
+    assert again.card == json.loads(card.read_text()) and again.card["measured"] == 1, "a finished run leaves its model alone"
+    card.write_text(json.dumps(model.card | {"steps": 2}))
+    assert train_diffusion(data, stage, DiffusionRecipe("tiny", "none", train=QUICK), tmp_path / "run", **options).card["steps"] == 3
+
+
+def test_after_a_nan_a_new_run_begins_with_what_was_learnt(tmp_path, monkeypatch):
+    """What the error advises, done: finish the run at its last good checkpoint, then start another one from that model."""
+    data = Scenes(16, n=8, objects=(1, 1), fields=("image",))
+    stage = IdentityStage(AutoencoderConfig(3, 8, (1,), double_z=False, num_groups=4))
+    recipe = DiffusionRecipe("tiny", "none", train=QUICK.replace(steps=6, save_every=2))
+    small = {"model_channels": 8, "num_groups": 4, "head_dim": 8, "attention_levels": (2,)}
+    real = DiffusionTask.loss
+    monkeypatch.setattr(DiffusionTask, "loss", lambda self, model, batch, rng: (real(self, model, batch, rng)[0] * (float("nan") if rng.step == 5 else 1), {}))
+    with pytest.raises(NonFiniteLoss, match="steps=4: that makes .*model of the checkpoint, for start_from"):
+        train_diffusion(data, stage, recipe, tmp_path / "bad", progress=False, unet=small)
+    monkeypatch.undo()
+    good = train_diffusion(data, stage, recipe, tmp_path / "bad", progress=False, unet=small, steps=4)
+    more = train_diffusion(data, stage, recipe, tmp_path / "more", progress=False, start_from=load(tmp_path / "bad"), steps=1, lr=0.0)
+    assert state_hash(more.net) == state_hash(good.net) and more.card["started_from"]["steps"] == 4
 
 
 def test_more_codes_than_latents_are_refused(tmp_path):
@@ -274,8 +318,202 @@ def test_without_weights_nothing_but_pixels_is_trained(tmp_path):
     assert column(critic_off, "perceptual") and not column(critic_off, "loss_discriminator")
 
 
+def test_the_first_stage_and_its_critic_have_the_originals_betas(tmp_path):
+    """Adam(0.5, 0.9) for both, as in lesson 12; a training without a critic keeps its own."""
+    game, stage = AdversarialConfig(perceptual_weight=0.0, disc_channels=8, disc_layers=1), AutoencoderKL(STAGE)
+    task = AdversarialTask(stage, 16, "", game, None)
+    for part in task.parts:
+        assert [g["betas"] for g in make_optimizer(task, QUICK, torch.device("cpu"), part).param_groups] == [(0.5, 0.9)]
+    for quiet in (AdversarialTask(stage, 16, "", game.replace(disc_weight=0.0), None), FirstStageTask(stage, 16)):
+        assert make_optimizer(quiet, QUICK.replace(betas=(0.8, 0.99)), torch.device("cpu")).param_groups[0]["betas"] == (0.8, 0.99)
+    assert all(recipe.train.betas == (0.9, 0.999) for recipe in FIRST_STAGES.values() if recipe.loss == PIXELS_ONLY)
+    data = Scenes(16, n=8, objects=(1, 1), fields=("image",))
+    run = lambda **options: train_autoencoder(data, FirstStageRecipe(STAGE, QUICK, game), tmp_path / "run", progress=False, **options)
+    with pytest.raises(ValueError, match=r"betas: got \(0\.8, 0\.99\) for a training against a critic, expected \(0\.5, 0\.9\)"):
+        run(betas=(0.8, 0.99))
+    run()
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    del told["task"]["stage_betas"]  # as runs were written before
+    (tmp_path / "run" / "run.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"holds another run \(task\.stage_betas: None there, \[0\.5, 0\.9\] here\)"):
+        run()
+
+
+def test_published_first_stages(tmp_path):
+    """The released configurations' numbers; every diffusion training's first stage is there; one of them runs, made small."""
+    assert set(PUBLISHED_STAGES.values()) <= set(FIRST_STAGES)
+    for name, (lr, steps, start, weight, layers) in {"kl-f8": (1.8e-5, 246_803, 50_001, 0.5, 3), "vq-f4-noattn": (3.6e-5, 658_131, 11, 0.75, 3),
+                                                     "vq-f16": (6.3e-5, 1_101_166, 250_001, 0.75, 2)}.items():
+        recipe = FIRST_STAGES[name]
+        assert recipe.train.lr == pytest.approx(lr) and (recipe.train.steps, recipe.train.betas, recipe.train.weight_decay) == (steps, (0.5, 0.9), 0)
+        assert (recipe.loss.disc_start, recipe.loss.disc_weight, recipe.loss.disc_layers, recipe.loss.perceptual_weight) == (start, weight, layers, 1)
+    original = sum(p.numel() for p in PatchDiscriminator(FIRST_STAGES["kl-f4"].loss).parameters())
+    assert original == 2_765_633
+    data = Scenes(32, n=32, objects=(1, 1), fields=("image",))
+    small = {"model_channels": 8, "num_groups": 4, "num_res_blocks": 1, "codes": 64}
+    stage = train_autoencoder(data, "vq-f8", tmp_path, progress=False, model=small, steps=4, batch_size=4, log_every=1,
+                              loss={"disc_channels": 8}, perceptual=Nearness())
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
+    assert "loss_discriminator" not in rows[0] and "loss_discriminator" in rows[1] and stage.config.codes == 64
+
+
+class Nearness(torch.nn.Module):
+    """A perceptual distance that asks little."""
+
+    def forward(self, x, y):
+        return (x - y).abs().flatten(1).mean(1)
+
+
 def test_two_processes_play_the_game_of_one(tmp_path):
     options = {"steps": 14, "loss": GAN}
     one, two = toy.train_stage(tmp_path / "one", **options), two_processes(tmp_path / "two", options)
     for name in ("loss", "loss_discriminator", "gan_weight"):
         np.testing.assert_allclose(column(two, name), column(one, name), rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- what will not do is said before anything is encoded
+
+
+class Pictures:
+    """Pictures as somebody else's data set gives them, altered by `change`."""
+
+    def __init__(self, n=8, change=lambda item: item, size=(16, 16)):
+        self.n, self.change, self.size = n, change, size
+
+    def __len__(self):
+        return self.n
+
+    def fingerprint(self):
+        return "pictures"
+
+    def __getitem__(self, index):
+        if not 0 <= index < self.n:
+            raise IndexError(index)
+        return self.change({"image": torch.full((3, *self.size), index / 10), "label": index % 2})
+
+
+WRONG = {
+    "text": ("photos", "got a str, expected a data set"), "tensor": (torch.zeros(4, 3, 16, 16), "got a Tensor, expected a data set"),
+    "iterator": (iter([1]), "expected a data set with items and a length"), "empty": (Pictures(0), "data: got 0 items"),
+    "tuples": (Pictures(change=lambda item: (item["image"], 0)), "items with a tuple, expected mappings with image"),
+    "no image": (Pictures(change=lambda item: {"pixels": item["image"]}), "items with pixels, expected mappings with image too"),
+    "bytes": (Pictures(change=lambda item: {"image": (item["image"] * 255).byte()}), "torch.uint8 of shape .* expected float32"),
+    "float64": (Pictures(change=lambda item: {"image": item["image"].double()}), "torch.float64 of shape .* expected float32"),
+    "range": (Pictures(change=lambda item: {"image": item["image"] * 255 + 200}), r"from 200 to 200, expected .* in \[-1, 1\]"),
+    "last": (Pictures(change=lambda item: {"image": item["image"].movedim(0, -1)}), r"of shape \(16, 16, 3\)"),
+    "a list": (Pictures(change=lambda item: {"image": item["image"].tolist()}), "an image that is list"),
+    "size": (Pictures(size=(16, 18)), "16 x 18 pixels, expected multiples of .*, not 18"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_data_that_will_not_do(tmp_path, name):
+    data, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        train_autoencoder(data, FirstStageRecipe(STAGE, QUICK), tmp_path / "stage", progress=False)
+    with pytest.raises(ValueError, match=message if hasattr(data, "fingerprint") else "without `fingerprint|expected a data set"):
+        train_diffusion(data, AutoencoderKL(STAGE), DiffusionRecipe("tiny", "none", train=QUICK), tmp_path / "ldm", progress=False)
+    assert not list(tmp_path.iterdir())
+    if name == "empty":  # of that there is no validation, as ever
+        return
+    with pytest.raises(ValueError, match="expected 16 x 16 as in the data" if name == "size" else f"validation: .*{message.removeprefix('data: ')}"):
+        train_autoencoder(Pictures(), FirstStageRecipe(STAGE, QUICK), tmp_path / "stage", validation=data, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+SMALL = {"model_channels": 8, "num_groups": 4, "head_dim": 8, "attention_levels": (1,)}
+
+
+def test_numpy_pictures_and_lists_train(tmp_path):
+    arrays = Pictures(change=lambda item: {**item, "image": item["image"].numpy()})
+    stage = train_autoencoder([arrays[i] for i in range(8)], FirstStageRecipe(STAGE, QUICK), tmp_path / "ae", progress=False)
+    model = train_diffusion(arrays, stage, DiffusionRecipe("tiny", "none", train=QUICK), tmp_path / "ldm", progress=False, unet=SMALL)
+    assert model.card["steps"] == 3
+    with pytest.raises(ValueError, match="got a list without `fingerprint"):
+        train_diffusion([arrays[i] for i in range(8)], stage, DiffusionRecipe("tiny", "none", train=QUICK), tmp_path / "no", progress=False)
+
+
+class Odd(AutoencoderKL):
+    """A first stage with a layer that its config does not know."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.more = torch.nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("recipe, options, message", [
+    ("text-tiny", {}, "items with image, label, expected mappings with caption too: .*--captions"),
+    ("inpaint-tiny", {}, "mask too: inpainting.with_masks"), ("superres-tiny", {}, "low_res too: superres.low_res_pairs"),
+    ("unconditional-tiny", {"unet": {"in_channels": 8}}, "unet: got in_channels, expected other fields"),
+    ("unconditional-tiny", {"unet": {"channels": 8}}, "got unknown channels"), ("unconditional-tiny", {"unet": UNET}, "unet: got a UNetConfig, expected a dict"),
+    ("unconditional-tiny", {"recipe_options": {"schedule": "cosine"}}, "schedule: got 'cosine', expected a ScheduleConfig"),
+    ("unconditional-tiny", {"recipe_options": {"unet": "huge"}}, "unet: got 'huge', expected one of"),
+    ("unconditional-tiny", {"recipe_options": {"prediction": "y"}}, "prediction: got 'y', expected one of 'eps', 'x0', 'v'"),
+    ("unconditional-tiny", {"recipe_options": {"condition_dropout": 1.5}}, "got 1.5, .* expected a share"),
+    ("unconditional-tiny", {"recipe_options": {"condition_dropout": float("nan")}}, "got nan, .* expected a share"),
+    ("unconditional-tiny", {"recipe_options": {"distance": "l1", "weighting": "x0"}}, "simple beside l1|expected one of"),
+    ("unconditional-tiny", {"recipe_options": {"latent_std": "1"}}, "latent_std: got '1', expected a number"),
+    ("class-tiny", {"recipe_options": {"reading_steps": 5}}, "reading_steps: got 5 for a class condition"),
+    ("unconditional-tiny", {"steps": 2.5}, "steps: got 2.5, expected an integer"),
+    ("unconditional-tiny", {"validation": Pictures(size=(32, 32))}, "validation: got pictures of 32 x 32 pixels, expected 16 x 16"),
+    ("unconditional-tiny", {"stage": Odd(STAGE)}, r"first_stage: got more.bias of shape \(2,\), expected None .*2 such entries"),
+    ("unconditional-tiny", {"stage": torch.nn.Conv2d(3, 4, 1)}, "first_stage: got a Conv2d, expected a first stage with"),
+])
+def test_requests_that_will_not_do(tmp_path, recipe, options, message):
+    options = dict(options)
+    stage = options.pop("stage", None) or AutoencoderKL(STAGE)
+    stage.encode = None  # nothing may be encoded
+    with pytest.raises(ValueError, match=message):
+        train_diffusion(Pictures(), stage, recipe, tmp_path / "ldm", progress=False, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_fit_a_model_to_start_from(tmp_path):
+    """It brings its network, schedule, scale factor and guidance; what was asked for otherwise is refused, not forgotten."""
+    stage = AutoencoderKL(STAGE)
+    recipe = DiffusionRecipe("tiny", "none", train=QUICK)
+    model = train_diffusion(Pictures(), stage, recipe, tmp_path / "first", progress=False, unet=SMALL)
+    encode, stage.encode = stage.encode, None
+
+    def more(**options):
+        return train_diffusion(Pictures(size=(32, 32)), stage, recipe, tmp_path / "more", progress=False, start_from=model, **options)
+
+    for asked, message in (({"prediction": "eps"}, "predicts v, expected eps"), ({"schedule": ScheduleConfig("cosine")}, "got a model of ScheduleConfig"),
+                           ({"guidance_scale": 7.5, "unet": "tiny"}, "got guidance_scale, unet in recipe_options"), ({"latent_std": 0.5}, "got latent_std")):
+        with pytest.raises(ValueError, match=f"start_from: .*{message}"):
+            more(recipe_options=asked)
+    assert not (tmp_path / "more").exists()
+    stage.encode = encode
+    assert more().config.image_size == 32 and load(tmp_path / "more").config.image_size == 32
+
+
+def test_training_leaves_the_callers_generators_alone(tmp_path):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    stage = train_autoencoder(Pictures(), FirstStageRecipe(STAGE, QUICK), tmp_path / "ae", progress=False)
+    train_diffusion(Pictures(), stage, DiffusionRecipe("tiny", "none", train=QUICK), tmp_path / "ldm", progress=False, unet=SMALL)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_the_mean_absolute_error_is_minimised_where_a_recipe_says_so(tmp_path):
+    assert {name for name, recipe in DIFFUSIONS.items() if recipe.distance == "l1"} == {
+        "lsun-churches256-ldm8", "openimages256-layout-ldm4", "places256-inpaint-ldm4", "landscapes256-semantic-ldm4"}
+    squares, sizes = task_of(), task_of()
+    sizes.recipe = sizes.recipe.replace(distance="l1")
+    model = lambda x_t, t, batch=None, drop=None: torch.zeros_like(x_t)
+    rng = RowRandom(0, 0, range(4))
+    eps = rng.normal((4, 4, 4), "eps")
+    assert_close(sizes.loss(model, latents(4), rng)[0], eps.abs().flatten(1).mean(1))
+    assert_close(squares.loss(model, latents(4), rng)[0], eps.square().flatten(1).mean(1))
+    assert "distance" not in squares.describe() and sizes.describe()["distance"] == "l1"
+
+
+def test_latents_are_measured_in_all_parts_of_the_data(tmp_path):
+    """Data in the order of their classes: the first items are of one class alone."""
+    class Ordered(Pictures):
+        def __getitem__(self, index):
+            return {"image": torch.full((3, 4, 4), -1.0 if index < self.n // 2 else 1.0)}
+
+    told = measure_latents(IdentityStage(AutoencoderConfig(3, 8, (1,), double_z=False, num_groups=4)), Ordered(30), images=20).to_dict()
+    assert told["n"] == 20 and told["channel_mean"] == pytest.approx([0, 0, 0], abs=1e-6)

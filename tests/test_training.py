@@ -29,6 +29,7 @@ from ldm_edu.checkpoint import (
     check_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    locked,
     newest_checkpoint,
     rotate_checkpoints,
     save_checkpoint,
@@ -451,6 +452,77 @@ def test_finished_run_returns_at_once_and_can_be_prolonged(tmp_path):
     assert json.loads((tmp_path / "model" / "model.json").read_text())["step"] == 15
 
 
+def test_a_finished_run_keeps_its_model_and_its_steps(tmp_path):
+    """Also when it is called with fewer steps; a model that is missing, or of fewer steps, is written."""
+    go(tmp_path)
+    card = tmp_path / "model" / "model.json"
+    told = json.loads(card.read_text())
+    card.write_text(json.dumps(told | {"measured": 1}))
+    for config in (QUICK, QUICK.replace(steps=6)):
+        assert go(tmp_path, config).step == 12
+        assert json.loads(card.read_text()) == told | {"measured": 1}
+        assert json.loads((tmp_path / "run.json").read_text())["config"]["steps"] == 12
+    card.unlink()
+    go(tmp_path, QUICK.replace(steps=6))
+    assert json.loads(card.read_text()) == told
+    card.write_text(json.dumps(told | {"step": 9}))
+    go(tmp_path)
+    assert json.loads(card.read_text()) == told
+
+
+def test_a_stopped_run_may_end_where_it_is(tmp_path):
+    go(tmp_path, stop_after=8)
+    assert go(tmp_path, QUICK.replace(steps=8)).step == 8
+    told = json.loads((tmp_path / "model" / "model.json").read_text())
+    assert (told["step"], told["config"]["steps"]) == (8, 8)
+    assert go(tmp_path).step == 12  # and go on later
+
+
+# ---------------------------------------------------------------- two runs, one folder
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_is_there(tmp_path):
+    refused = []
+
+    def second(report):
+        if report.step == 5:
+            with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on") as caught:
+                go(tmp_path / "run")
+            refused.append(caught.value)
+
+    first = go(tmp_path / "run", callbacks=[second])
+    assert len(refused) == 1 and first.step == 12 and not (tmp_path / "run" / "run.lock").exists()
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").open()] == [3, 6, 9, 12]
+    with pytest.raises(ValueError, match="flip: got True"):
+        go(tmp_path / "wrong", QUICK.replace(flip=True))
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_run_in_another_process_is_named_and_its_kill_frees_the_folder(tmp_path):
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    child = context.Process(target=toy.train_child, args=(str(tmp_path / "run"), {"steps": 5000, "save_every": 5, "workers": 1}))
+    child.start()
+    while not list((tmp_path / "run" / "checkpoints").glob("step-*5")):
+        time.sleep(0.02)
+    with pytest.raises(ValueError, match=f"in use by process {child.pid} on .+ since"):
+        go(tmp_path / "run", toy.CONFIG.replace(steps=5000, save_every=5))
+    child.kill()
+    child.join()
+    assert (tmp_path / "run" / "run.lock").exists()
+    done = list_checkpoints(tmp_path / "run" / "checkpoints")[-1][0]
+    assert go(tmp_path / "run", toy.CONFIG.replace(steps=5000, save_every=5), stop_after=done + 5).step == done + 5
+
+
+def test_all_processes_of_a_second_run_are_refused(tmp_path):
+    """The main one alone asks for the folder; none of the others may wait for it for ever."""
+    (tmp_path / "run").mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", toy.__file__, str(tmp_path / "run"), "{}"]
+    with locked(tmp_path / "run" / "run.lock"):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0 and f"in use by process {os.getpid()} on" in done.stderr
+    assert "the first process could not have" in done.stderr and not list((tmp_path / "run").iterdir())
+
+
 def test_what_happens_between_steps_does_not_change_the_run(tmp_path):
     task = toy.CircleTask(dropout=0.3)
     noisy = go(tmp_path / "a", task=task, callbacks=[lambda report: (torch.rand(3), np.random.rand(), random.random())])
@@ -479,7 +551,7 @@ def test_validation_noise_is_the_same_at_every_step(tmp_path):
 
     go(tmp_path, task=Watcher(), validation=toy.Circle(20))
     assert len(seen) == 2 and torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1])
-    assert seen[0][2] == [f"p{i}" for i in range(16)]
+    assert seen[0][2] == [f"p{i * 20 // 16}" for i in range(16)]
 
 
 def test_foreign_folder_is_refused_with_the_differing_keys(tmp_path):
@@ -494,6 +566,10 @@ def test_foreign_folder_is_refused_with_the_differing_keys(tmp_path):
         go(tmp_path, data=toy.Circle(98))
     with pytest.raises(ValueError, match="holds a run already"):
         go(tmp_path, resume=False)
+    moved = toy.Circle()
+    moved.fingerprint = lambda: "with other times"
+    with pytest.raises(ValueError, match=r"dataset.fingerprint: None there, .* same settings\. A fingerprint of files .* \(cp -a, rsync -a\)"):
+        go(tmp_path, data=moved)
     (tmp_path / "run.json").unlink()
     with pytest.raises(ValueError, match="no run.json"):
         go(tmp_path)
@@ -575,6 +651,19 @@ def test_nan_stops_before_any_weight_changes(tmp_path):
     assert go(tmp_path / "bad").step == 12  # once the cause is gone
 
 
+def test_the_advice_after_a_nan_works(tmp_path):
+    """The folder takes no other settings, and says so; but it gives away what was learnt until its last checkpoint."""
+    with pytest.raises(NonFiniteLoss, match="Other settings need another folder; .* with steps=4: that makes .*model of the checkpoint") as caught:
+        go(tmp_path / "bad", task=toy.CircleTask(poison=7))
+    assert str(tmp_path / "bad" / "model") in str(caught.value)
+    with pytest.raises(ValueError, match=r"config\.lr"):
+        go(tmp_path / "bad", QUICK.replace(lr=1e-3))
+    assert go(tmp_path / "bad", QUICK.replace(steps=4)).step == 4
+    assert same(training_file(tmp_path / "bad" / "model" / "model.safetensors"), toy.weights(tmp_path / "bad"))
+    with pytest.raises(NonFiniteLoss, match="folder\\.$"):  # nothing was learnt yet
+        go(tmp_path / "first", task=toy.CircleTask(poison=2))
+
+
 def test_infinite_gradient_stops_too(tmp_path):
     class Steep(toy.CircleTask):
         def loss(self, model, batch, rng):
@@ -635,6 +724,9 @@ def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, monkeypatch):
     ({"steps": 0}, "steps: got 0"), ({"precision": "int8"}, "expected one of 'fp32', 'bf16', 'fp16'"), ({"keep": 0}, "keep: got 0"),
     ({"lr_schedule": "cosin"}, "did you mean 'cosine'"), ({"ema_decay": 1.0}, "expected less than 1"), ({"lr": float("nan")}, "lr: got nan"),
     ({"learning_rate": 1}, "unknown learning_rate"),
+    ({"steps": 3.0}, "steps: got 3.0, expected an integer"), ({"lr": "1e-3"}, "lr: got '1e-3', expected a number"), ({"keep": True}, "keep: got True"),
+    ({"flip": 1}, "flip: got 1, expected True or False"), ({"seed": 2**64}, "seed: got 18446744073709551616, expected an integer of 64 bits"),
+    ({"betas": (0.9,)}, r"betas: got \(0.9,\), expected two numbers"), ({"betas": 0.9}, "betas: got 0.9"), ({"betas": (0.9, 1.0)}, "less than 1"),
 ])
 def test_config_refuses(values, message):
     with pytest.raises(ValueError, match=message):
@@ -644,6 +736,8 @@ def test_config_refuses(values, message):
 def test_config_round_trip():
     config = TrainConfig(betas=(0.5, 0.9), steps=7)
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    numpys = TrainConfig(steps=np.int64(7), lr=np.float32(0.5), flip=np.bool_(True), weight_decay=np.float64(0), seed=-3)
+    assert numpys == TrainConfig(steps=7, lr=0.5, flip=True, weight_decay=0.0, seed=-3) and '"steps": 7' in json.dumps(numpys.to_dict())
 
 
 def test_other_refusals(tmp_path):
@@ -844,6 +938,79 @@ def test_interrupted_cache_goes_on(tmp_path, monkeypatch):
     assert len(calls) == 3 + 3
     assert torch.equal(cached.fetch(range(23))["mean"], encode(Pictures().images)[0])
     assert cached.fetch([0, 7, 12])["caption"] == ["number 0", "number 7", "number 12"]
+
+
+def encode_beside(folder, wait, pause, told):
+    """In a process of its own: encode slowly, and tell how many rows of the cache are not what they should be."""
+    torch.set_num_threads(1)
+    time.sleep(wait)
+
+    def slowly(images):
+        time.sleep(pause)
+        return encode(images)
+
+    try:
+        cached = cache_latents(slowly, Pictures(), folder, key="k", keys_to_keep=("caption",), batch_size=4, progress=False)
+        told.put(int((cached.fetch(range(23))["mean"] != encode(Pictures().images)[0]).flatten(1).any(1).sum()))
+    except Exception as err:
+        told.put(f"{type(err).__name__}: {err}")
+
+
+@pytest.mark.parametrize("wait, pauses", [(0.0, (0.1, 0.1)), (0.4, (0.15, 0.15)), (0.3, (0.3, 0.05))])
+def test_two_runs_encode_into_one_folder(tmp_path, wait, pauses):
+    """Both get the whole cache, whoever is first, and the slower one leaves nothing behind."""
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    told = context.Queue()
+    runs = [context.Process(target=encode_beside, args=(tmp_path, *how, told)) for how in zip((0.0, wait), pauses, strict=True)]
+    for run in runs:
+        run.start()
+    assert [told.get(timeout=60) for _ in runs] == [0, 0]
+    for run in runs:
+        run.join()
+    assert [path.name[:8] for path in tmp_path.iterdir()] == ["latents-"]
+    cached = cache_latents(encode, Pictures(), tmp_path, key="k", keys_to_keep=("caption",), progress=False)
+    assert cached.fetch([0, 22])["caption"] == ["number 0", "number 22"]
+
+
+def test_without_locks_each_process_still_has_its_own_part(tmp_path, monkeypatch):
+    from ldm_edu import checkpoint
+
+    monkeypatch.setattr(checkpoint, "fcntl", None)
+    with checkpoint.locked(tmp_path / "a.lock") as held:
+        assert held is False
+    seen = []
+    cached = cache_latents(lambda x: seen.extend(p.name for p in tmp_path.glob(".part-*")) or encode(x), Pictures(), tmp_path, key="k", progress=False)
+    assert str(os.getpid()) in seen[0] and len(cached) == 23 and [path.name[:8] for path in tmp_path.iterdir()] == ["latents-"]
+
+
+def hold(path, told):
+    """In a process of its own: hold a lock until somebody kills it."""
+    with locked(path):
+        told.put(os.getpid())
+        time.sleep(60)
+
+
+def test_a_lock_names_its_owner_and_dies_with_it(tmp_path):
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    told, path = context.Queue(), tmp_path / "new" / "run.lock"
+    owner = context.Process(target=hold, args=(path, told))
+    owner.start()
+    pid = told.get(timeout=60)
+    for _ in range(2):  # a refusal does not loosen it
+        with pytest.raises(ValueError, match=rf"new: in use by process {pid} on .+ since \d{{4}}-\d\d-\d\d .*wait until it is done"), locked(path):
+            pass
+    owner.kill()
+    owner.join()
+    assert path.exists()
+    with locked(path) as held:
+        assert held and json.loads(path.read_text())["pid"] == os.getpid()
+        with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"), locked(path):
+            pass
+        assert path.exists()
+    assert not path.exists() and path.parent.exists()
+    with pytest.raises(KeyError), locked(tmp_path / "made" / "run.lock"):
+        raise KeyError
+    assert not (tmp_path / "made").exists()
 
 
 def test_cache_refusals(tmp_path):

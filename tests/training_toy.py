@@ -7,10 +7,11 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+import torch
+from torch import nn
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
+if torch.accelerator.is_available():  # several processes on one accelerator would not do
+    os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 from ldm_edu.training import TrainConfig, TrainingInterrupted, TrainingTask, train  # noqa: E402
 
