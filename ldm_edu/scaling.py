@@ -105,7 +105,7 @@ def _check_processes(n: int) -> None:
 
 
 def ring_bytes(size: float, n: int) -> float:
-    """Bytes that each of n processes sends (and receives) while a ring sums vectors of `size` bytes [Patarasu & Yuan 2009, section 3]."""
+    """Bytes that each of n processes sends (and receives) while a ring sums vectors of `size` bytes [Patarasuk & Yuan 2009, section 3]."""
     _check_processes(n)
     return 2 * (n - 1) / n * size
 
