@@ -449,11 +449,16 @@ class Part(Subset):
 
 
 def train_validation_split(dataset, fraction: float = 0.1, seed: int = 0) -> tuple[Part, Part]:
-    """Divide `dataset` at random, by `seed` only: (training, validation), the latter `fraction` of it, at least one item."""
+    """Divide `dataset` as by chance: (training, validation), the latter `fraction` of it, at least one item.
+
+    `seed` and each item's name decide (its index, where items have no `names`): one that comes or goes changes the side of one other at most.
+    """
     if not 0 < fraction < 1 or len(dataset) < 2:
         raise ValueError(f"got fraction {fraction} of {len(dataset)} items, expected 0 < fraction < 1 of at least 2")
     n = min(max(1, round(len(dataset) * fraction)), len(dataset) - 1)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(derive_seed("split", seed))).tolist()
+    names = getattr(dataset, "names", None) or range(len(dataset))
+    chance = [hashlib.blake2b(os.fsencode(f"{seed}|{name}"), digest_size=8).digest() for name in names]
+    order = sorted(range(len(dataset)), key=lambda i: (chance[i], i))
     return Part(dataset, sorted(order[n:])), Part(dataset, sorted(order[:n]))
 
 # %% ../nbs/01c_folders.ipynb #5d0c3a12

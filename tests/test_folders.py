@@ -757,6 +757,57 @@ def test_split_is_a_partition_decided_by_the_seed(zoo):
     assert next(iter(DataLoader(train, batch_size=9)))["image"].shape == (9, 3, 8, 8)
 
 
+class Named(list):
+    """A data set of so many items with names, as files have."""
+
+    def __init__(self, n, first=0):
+        super().__init__(range(n))
+        self.names = [f"photos/IMG_{i:05d}.jpg" for i in range(first, first + n)]
+
+
+def sides(data, **options):
+    train, validation = train_validation_split(data, **options)
+    return set(train.names), set(validation.names)
+
+
+@pytest.mark.parametrize("n", [2, 19, 100, 101, 999])
+def test_one_file_more_or_less_changes_the_side_of_one_other_at_most(n):
+    for seed, data, more in [(s, Named(n), Named(n + 1, first)) for s in range(8) for first in (0, -1)]:
+        (train, validation), (trained, unseen) = sides(data, seed=seed), sides(more, seed=seed)
+        assert len(train & unseen | validation & trained) <= 1
+
+
+def test_what_a_grown_folder_keeps_aside_was_not_trained_on():
+    """But for a few at the edge: a shuffle would put in nine of ten."""
+    train, _ = sides(Named(1000))
+    for more in (1, 10, 100, 1000):
+        _, unseen = sides(Named(1000 + more))
+        assert len(train & unseen) <= 0.1 * len(unseen), more
+
+
+def test_the_split_is_fair_and_differs_between_seeds():
+    data = Named(4000)
+    kept = [sides(data, seed=seed)[1] for seed in range(12)]
+    assert all(len(k) == 400 for k in kept)
+    for k in kept:  # by place: each tenth of the folder gives its share, 40 +- 4 standard deviations
+        counts = np.bincount([data.names.index(name) // 400 for name in k], minlength=10)
+        assert abs(counts - 40).max() <= 4 * 6
+    both = [len(a & b) for i, a in enumerate(kept) for b in kept[:i]]
+    assert abs(np.mean(both) - 40) < 4, "two seeds share a tenth of a tenth"
+
+
+def test_items_without_names_are_split_by_their_place():
+    train, validation = train_validation_split(range(50))
+    again, unseen = train_validation_split(range(51))
+    assert len(set(train.indices) & set(unseen.indices)) <= 1 and (train.names, again.names) == (None, None) and len(validation) == 5
+
+
+def test_names_that_are_not_unicode_are_split_too():
+    data = Named(4)
+    data.names[2] = "caf\udce9.png"
+    assert sum(map(len, train_validation_split(data))) == 4
+
+
 @pytest.mark.parametrize("n, fraction, sizes", [(2, 0.001, (1, 1)), (2, 0.999, (1, 1)), (10, 0.5, (5, 5)), (1000, 0.1, (900, 100))])
 def test_split_sizes(n, fraction, sizes):
     assert tuple(map(len, train_validation_split(range(n), fraction))) == sizes
