@@ -89,7 +89,7 @@ class Evaluator:
         """Features of each batch, on the CPU; fills `seen` with the source's size and the number of pictures."""
         lowest, sizes, n = float("inf"), set(), 0
         for batch in image_batches(images, self.batch_size):
-            if len(check_images(batch)) == 0:
+            if len(check_images(batch.cpu())) == 0:  # numbers are looked at on the CPU only
                 continue
             lowest, n = min(lowest, batch.min().item()), n + len(batch)
             sizes.add(f"{batch.shape[2]}x{batch.shape[3]}")

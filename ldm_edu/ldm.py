@@ -183,6 +183,14 @@ class Told:
         return self.conditioner({key: cut(value) for key, value in self.batch.items()})
 
 
+def _rows_of(conditioner: Conditioner, batch: Mapping) -> int:
+    """Rows of what a conditioner reads of a batch, 0 where it reads nothing; raises ValueError where they differ."""
+    counts = {key: len(batch[key]) for key in (*conditioner.keys, *conditioner.drops, "token_ids") if _sized(batch.get(key))}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"batch: got {', '.join(f'{count} rows of {key}' for key, count in counts.items())}, expected equal numbers")
+    return next(iter(counts.values())) if counts else len(conditioner(batch))
+
+# %% ../nbs/14_ldm.ipynb #dd1eee52
 def tell(conditioner: Conditioner, prompts, n: int | None = None, batch: Mapping | None = None,
          encode: Callable[[Tensor], Tensor] | None = None) -> Told:
     """What `encode_condition` would encode, checked and completed."""
@@ -201,14 +209,6 @@ def tell(conditioner: Conditioner, prompts, n: int | None = None, batch: Mapping
     if n is not None and len(prompts) != n:
         raise ValueError(f"n: got {n} images for {len(prompts)} prompts, expected one prompt per image, or one for all")
     return Told(conditioner, len(prompts), conditioner.complete(conditioner.prepare(prompts), encode))
-
-
-def _rows_of(conditioner: Conditioner, batch: Mapping) -> int:
-    """Rows of what a conditioner reads of a batch, 0 where it reads nothing; raises ValueError where they differ."""
-    counts = {key: len(batch[key]) for key in (*conditioner.keys, *conditioner.drops, "token_ids") if _sized(batch.get(key))}
-    if len(set(counts.values())) > 1:
-        raise ValueError(f"batch: got {', '.join(f'{count} rows of {key}' for key, count in counts.items())}, expected equal numbers")
-    return next(iter(counts.values())) if counts else len(conditioner(batch))
 
 
 def encode_condition(conditioner: Conditioner, prompts, n: int | None = None, batch: Mapping | None = None,
@@ -320,9 +320,8 @@ class LatentDiffusion(LatentSpace):
             asked = len(first) > 0 and not (prompts is None and batch is None and negative is None)
             scale = (self.config.guidance_scale if guidance_scale is None else guidance_scale) if asked else 1.0
             denoiser_of = lambda i, j: self.denoiser(told(i, j) if i else first, null(i, j), scale, guidance_rescale, guidance_interval, window, overlap)
-            shape = latent_shape(self.config, asked_size(self.config, first, size))
-            drawn = draw_latents(denoiser_of, shape, make_generators(check_seeds(seed, told.count), told.count), batch_size, steps,
-                                 sampler, (lambda z: self.decode(z, tile)) if decode else lambda z: z, device=self.device, **options)
+            drawn = draw_latents(denoiser_of, latent_shape(self.config, asked_size(self.config, first, size)),
+                                 make_generators(check_seeds(seed, told.count), told.count), batch_size, steps, sampler, (lambda z: self.decode(z, tile)) if decode else lambda z: z, device=self.device, **options)
             return read.finish(drawn, told.batch) if decode and told.batch else drawn
 
 # %% ../nbs/14_ldm.ipynb #4fc99da0
@@ -363,7 +362,7 @@ def save(model: nn.Module, folder: str | Path, card: dict | None = None, dtype: 
     write_json(folder / "config.json", {"kind": kind, **model.config.to_dict(), **shared})
     return folder
 
-
+# %% ../nbs/14_ldm.ipynb #4dfb792c
 def _narrow(name: str, weights: Tensor, dtype: torch.dtype) -> Tensor:
     """Weights in another precision; raises ValueError where finite ones would become infinite."""
     narrow = weights.to(dtype)
