@@ -207,6 +207,7 @@ def test_a_place_is_tried_not_asked(tmp_path, monkeypatch):
         asking.check_place(tmp_path / "new")
     with pytest.raises(ValueError, match="plot: got .*, which is a folder, expected a file's name"):
         asking.check_files([tmp_path], True, "plot")
+    assert not list(tmp_path.iterdir()), "looking leaves nothing behind"
 
 
 def test_sample_draws_large_pictures_by_windows(runs, capsys):
@@ -417,7 +418,7 @@ def test_pack_leaves_nothing_half_made(runs, tmp_path, monkeypatch, capsys):
     out = tmp_path / "copy"
     monkeypatch.setattr(cli.Evaluate, "measure", lambda *args: (_ for _ in ()).throw(ValueError("no such data")))
     assert cli.main(["pack", "--model", str(runs / "ae"), "--out", str(out), "--measures.size", "16", "--measures.cache", str(tmp_path / "cache")]) == 2
-    assert "no such data" in capsys.readouterr().err and not list(out.iterdir())
+    assert "no such data" in capsys.readouterr().err and pictures_in(tmp_path) == [], "nor the place where it was made"
 
 
 def test_the_last_of_two_recipes_counts():
