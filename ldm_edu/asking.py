@@ -8,7 +8,9 @@ __all__ = ['OPTIONS', 'PICTURE', 'read_layouts', 'read_map', 'read_picture', 're
 
 # %% ../nbs/93b_asking.ipynb #6c0a0004
 """Requests in files and words, for the command line: read, check, make one prompt per picture of them, and put the answer in its place."""
+import contextlib
 import hashlib
+import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -134,15 +136,20 @@ def _check_files(part: Conditioner, values: Sequence[tuple]) -> None:
 
 # %% ../nbs/93b_asking.ipynb #0a6b1483
 def check_place(folder: Path, name: str = "out") -> None:
-    """Raise ValueError unless files can be put into `folder`, which is made where it is missing; `name`: of the option."""
+    """Raise ValueError unless files can be put into `folder`, which need not be there yet; `name`: of the option."""
     if file := next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None):
         raise ValueError(f"{name}: got {folder}, but {file} is a file, expected a folder")
+    made = [path for path in (folder, *folder.parents) if not path.exists() and "RANK" not in os.environ]  # processes of a run share theirs
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as err:
         raise ValueError(f"{name}: got {folder}, which takes no files ({err.strerror}), expected a folder to write to") from err
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):  # it was not made, or something has been put there
+                path.rmdir()
 
 
 def check_files(paths: Sequence[Path], overwrite: bool = False, name: str = "out") -> None:
@@ -161,7 +168,7 @@ PICTURE = re.compile(r"\d{4,}\.png")
 def check_samples(out: Path, overwrite: bool = False) -> None:
     """Raise ValueError unless numbered pictures, sheet.png and samples.json can be put into `out`: none is there, or `overwrite` is set."""
     check_place(out)
-    taken = sorted(path for path in out.iterdir() if PICTURE.fullmatch(path.name) or path.name in ("sheet.png", "samples.json"))
+    taken = sorted(path for path in (out.iterdir() if out.exists() else ()) if PICTURE.fullmatch(path.name) or path.name in ("sheet.png", "samples.json"))
     if taken and not overwrite:
         more = f" and others ({len(taken)} in all)" if len(taken) > 1 else ""
         raise ValueError(f"{out} holds {taken[0].name}{more} already: choose another --out, or pass --overwrite")

@@ -472,10 +472,12 @@ class Pack:
             raise ValueError(f"out: got {self.out}, the folder of the model itself, expected another: a copy in half precision would take its place")
         if (self.out / "config.json").exists() and not self.overwrite:
             raise ValueError(f"{self.out} holds a model already: choose another --out, or pass --overwrite")
-        with tempfile.TemporaryDirectory(dir=self.out, prefix=".pack-") as folder:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.out.parent, prefix=".pack-") as folder:
             copy = save(model, Path(folder) / "model", dtype=torch.float16, first_stage=self.first_stage)
             results = self.measures.measure(open_model(copy))
             write_json(copy / "card.json", {**model.card, "measured": results})
+            self.out.mkdir(exist_ok=True)
             for path in sorted(copy.iterdir(), key=lambda path: path.name == "config.json"):  # last what makes it a model
                 path.replace(self.out / path.name)
         size = (self.out / "model.safetensors").stat().st_size / 1e6
@@ -705,6 +707,7 @@ class Doctor:
         report = self.examine()
         print(json.dumps({"model": self.model, "diagnosis": report.diagnosis, **report.to_dict()}, indent=2) if self.json else report)
         if self.plot is not None and report.curve:
+            self.plot.parent.mkdir(parents=True, exist_ok=True)
             self.plot.write_bytes(figure_png(report.plot()))
         return 0 if report.diagnosis is None else 1
 

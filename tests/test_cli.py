@@ -19,6 +19,7 @@ from PIL import Image
 from ldm_edu import cli, recipes
 from ldm_edu.captions import parse_caption
 from ldm_edu.data import Scenes
+from ldm_edu.folders import Part
 from ldm_edu.ldm import load, load_first_stage, save
 from ldm_edu.perceptual import load_perceptual
 from ldm_edu.schedule import ScheduleConfig
@@ -206,6 +207,7 @@ def test_a_place_is_tried_not_asked(tmp_path, monkeypatch):
         asking.check_place(tmp_path / "new")
     with pytest.raises(ValueError, match="plot: got .*, which is a folder, expected a file's name"):
         asking.check_files([tmp_path], True, "plot")
+    assert not list(tmp_path.iterdir()), "looking leaves nothing behind"
 
 
 def test_sample_draws_large_pictures_by_windows(runs, capsys):
@@ -300,6 +302,8 @@ def photos(tmp_path_factory):
 ])
 def test_what_pictures_lack_is_said_before_they_are_encoded(runs, photos, tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.setattr(cli, "train_diffusion", lambda *args, **options: pytest.fail("training began"))
+    if "data: got no caption" in message:
+        monkeypatch.setattr(cli, "open_pictures", lambda *args, **options: pytest.fail("pictures were looked at"))
     options = [option.replace("PHOTOS", str(photos)) for option in options]
     out = tmp_path / "out"
     assert cli.main(["train", "--data", str(photos / "shapes"), "--size", "16", "--first-stage", str(runs / "ae"), "--out", str(out), *options]) == 2
@@ -414,7 +418,7 @@ def test_pack_leaves_nothing_half_made(runs, tmp_path, monkeypatch, capsys):
     out = tmp_path / "copy"
     monkeypatch.setattr(cli.Evaluate, "measure", lambda *args: (_ for _ in ()).throw(ValueError("no such data")))
     assert cli.main(["pack", "--model", str(runs / "ae"), "--out", str(out), "--measures.size", "16", "--measures.cache", str(tmp_path / "cache")]) == 2
-    assert "no such data" in capsys.readouterr().err and not list(out.iterdir())
+    assert "no such data" in capsys.readouterr().err and pictures_in(tmp_path) == [], "nor the place where it was made"
 
 
 def test_the_last_of_two_recipes_counts():
@@ -463,6 +467,9 @@ def test_rows_of_every_class_are_measured(photos, monkeypatch):
     assert len(set(map(int, asked[0]))) >= 4 and len(asked[0]) == 6
     cli.draw_like(Model(), data, 50, 1, 0)
     assert list(map(int, asked[1])) == [int(data[i % len(data)]["label"]) for i in range(50)]
+    monkeypatch.setattr(cli, "evaluate_samples", lambda evaluator, images, reference, part, cache, seed: {"seen": part})
+    seen = cli.Evaluate(samples=4, training=6).compare(Model(), data, Part(data, range(9)))["seen"]
+    assert len({int(seen[i]["label"]) for i in range(len(seen))}) >= 4 and len(seen) == 6, "copies are looked for among all classes"
 
 
 def test_a_log_of_another_program_is_not_written_over(tmp_path):
