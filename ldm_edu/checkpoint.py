@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT_FORMAT', 'PROGRESS_SECONDS', 'fsync', 'commit_folder', 'commit_first', 'CheckpointError', 'file_record',
-           'plain_tensors', 'save_checkpoint', 'check_checkpoint', 'load_checkpoint', 'list_checkpoints',
-           'newest_checkpoint', 'rotate_checkpoints', 'locked', 'state_hash', 'LatentDataset', 'latent_batch',
-           'moments', 'stack_field', 'field_arrays', 'cache_latents', 'check_batch_size', 'cache_identity', 'items_of',
-           'encode_batch']
+           'plain_tensors', 'write_tensors', 'save_checkpoint', 'check_checkpoint', 'load_checkpoint',
+           'list_checkpoints', 'newest_checkpoint', 'rotate_checkpoints', 'locked', 'state_hash', 'LatentDataset',
+           'latent_batch', 'moments', 'stack_field', 'field_arrays', 'cache_latents', 'check_batch_size',
+           'cache_identity', 'items_of', 'encode_batch']
 
 # %% ../nbs/08b_checkpoints.ipynb #ed7914de
 """Files that outlive a run: checkpoints that are whole or absent, hashes of weights, latents encoded once.
@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -119,6 +120,14 @@ def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 # %% ../nbs/08b_checkpoints.ipynb #ea50dead
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write named tensors to one file. Raises OSError that names it when the disk refuses."""
+    try:
+        save_file(plain_tensors(tensors), path)
+    except SafetensorError as err:
+        raise OSError(f"{path}: could not be written ({err})") from err
+
+
 def save_checkpoint(root: str | os.PathLike, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping) -> Path:
     """Write `root/step-XXXXXXXX/` with one `.safetensors` per group of `tensors` and `state.json`; whole or not at all.
 
@@ -131,7 +140,7 @@ def save_checkpoint(root: str | os.PathLike, step: int, tensors: Mapping[str, Ma
     try:
         files = {}
         for stem, group in tensors.items():
-            save_file(plain_tensors(group), part / f"{stem}.safetensors")
+            write_tensors(group, part / f"{stem}.safetensors")
             files[f"{stem}.safetensors"] = file_record(part / f"{stem}.safetensors")
         head = {"format": CHECKPOINT_FORMAT, "step": step, "files": files}
         (part / "state.json").write_text(json.dumps({**head, **state}, indent=2) + "\n", encoding="utf-8")
@@ -338,12 +347,12 @@ def moments(encoded) -> Tensor:
 # %% ../nbs/08b_checkpoints.ipynb #3b31448f
 def stack_field(key: str, values: Sequence) -> np.ndarray:
     """A field's values in one array, Python's fractions in float32; raises ValueError, naming the field, for what makes none."""
-    shapes = list(dict.fromkeys(np.shape(v) for v in values))
+    shapes = list(dict.fromkeys(tuple(np.shape(v)) for v in values))
     array = np.stack([np.asarray(v) for v in values]) if len(shapes) == 1 else None
     if array is None or array.dtype.kind not in "biuf":
         kinds = ", ".join(dict.fromkeys(type(v).__name__ for v in values))
         raise ValueError(f"{key}: got {kinds} of shape {', '.join(map(str, shapes[:3]))}, expected numbers of one shape in all items, or a text in each")
-    return array.astype(np.float32) if isinstance(values[0], float) else array
+    return array.astype(np.float32) if type(values[0]) is float else array
 
 
 def field_arrays(items: Sequence[Mapping], keep: Sequence[str], flips: bool, image_key: str = "image") -> tuple[dict, dict]:
@@ -356,7 +365,7 @@ def field_arrays(items: Sequence[Mapping], keep: Sequence[str], flips: bool, ima
         if key not in items[0]:
             raise ValueError(f"keys_to_keep: got {key!r}, expected some of {', '.join(items[0])}")
         values = [item[key] for item in items]
-        if isinstance(values[0], str):
+        if all(isinstance(v, str) for v in values):
             texts[key] = values
             continue
         arrays[key] = stack_field(key, values)
@@ -424,11 +433,14 @@ def items_of(dataset, indices: Sequence[int]) -> list:
 @torch.no_grad()
 def encode_batch(encode: Callable, items: Sequence[Mapping], image_key: str, flips: bool) -> np.ndarray:
     """Latents (b, views, parts, c, h, w) of some items, float32; with `flips` a second view, of the mirrored pictures."""
-    images = torch.stack([torch.as_tensor(item[image_key]) for item in items])
+    images = [torch.as_tensor(item[image_key]) for item in items]
+    if odd := [i for i, image in enumerate(images) if image.shape != images[0].shape]:
+        raise ValueError(f"{image_key}: got shape {tuple(images[odd[0]].shape)} in row {odd[0]} and {tuple(images[0].shape)} in row 0, expected one shape")
+    images = torch.stack(images)
     views = [images, images.flip(-1)] if flips else [images]
     latents = torch.stack([moments(encode(v)).float().cpu() for v in views], dim=1)
-    if not latents.isfinite().all():
-        raise ValueError("encode: got NaN or infinite latents")
+    if odd := (~latents.isfinite()).flatten(1).any(1).nonzero().flatten().tolist():
+        raise ValueError(f"encode: got NaN or infinite latents in rows {odd}; the pictures there have values from {images[odd].min():.4g} to {images[odd].max():.4g}")
     return latents.numpy()
 
 
@@ -444,9 +456,12 @@ def _fill(encode: Callable, dataset, final: Path, part: Path, info: dict, batch_
         for start in itertools.takewhile(lambda _: not final.exists(), range(done, n, batch_size)):
             indices = list(range(start, min(start + batch_size, n)))
             items = items_of(dataset, indices)
-            fields, words = field_arrays(items, info["fields"], info["flips"], info["image_key"])
-            latents = encode_batch(encode, items, info["image_key"], info["flips"]).astype(info["dtype"])
-            _store(part, arrays, {"latents": latents} | {f"field-{k}": a for k, a in fields.items()}, start, n)
+            try:
+                fields, words = field_arrays(items, info["fields"], info["flips"], info["image_key"])
+                latents = encode_batch(encode, items, info["image_key"], info["flips"]).astype(info["dtype"])
+                _store(part, arrays, {"latents": latents} | {f"field-{k}": a for k, a in fields.items()}, start, n)
+            except ValueError as err:
+                raise ValueError(f"items {start} to {indices[-1]}: {err}") from err
             for key, values in words.items():
                 texts.setdefault(key, [])[start:] = values
             bar.update(len(items))

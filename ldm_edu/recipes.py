@@ -126,8 +126,14 @@ class AdversarialTask(FirstStageTask):
         if part == "discriminator":
             return discriminator_loss(self.model, model(x, generators, "discriminator"))
         made = model(x, generators, "generator" if self.loss_config.judges(rng.step) else "reconstruction")
-        mean_over_processes = lambda gradient: self.reduce(gradient) / self.process[1]
-        return generator_loss(self.model, made, x, self.perceptual, mean_over_processes)
+        return generator_loss(self.model, made, x, self.perceptual, self.mean_over_processes(len(x), x.device))
+
+    def mean_over_processes(self, rows: int, device: torch.device):
+        """A function from a gradient of this process's mean to that of all processes' rows; None for one process."""
+        if self.process[1] == 1:
+            return None
+        total = self.reduce(torch.tensor(float(rows), device=device))
+        return lambda gradient: self.reduce(gradient * rows) / total
 
     def loss(self, model, batch: Mapping, rng) -> tuple[Tensor, dict]:
         """Without the discriminator's word: what the validation loss is."""
@@ -594,7 +600,10 @@ def write_picture(path: Path, images: Tensor, columns: int = 8) -> None:
 
 def code_version() -> str:
     """Version of the library and, in a checkout, its commit, with "+" behind it where files differ from it."""
-    version = importlib.metadata.version("ldm_edu")
+    try:
+        version = importlib.metadata.version("ldm_edu")
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path, not installed
+        version = "not installed"
     git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
     try:
         run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)

@@ -361,8 +361,10 @@ class OneAhead:
 
     def fetch(self) -> None:
         """Get the next batch, unless it is here or there is none."""
+        if self.ready:
+            return
         with kept_globals():
-            for batch in () if self.ready else itertools.islice(self.loader, 1):
+            for batch in itertools.islice(self.loader, 1):
                 self.ready = [send_to_device(batch, self.device, non_blocking=True)]
 
     def take(self):
@@ -506,13 +508,15 @@ def save(run: Run) -> None:
 
 # %% ../nbs/08_training.ipynb #04973e5e
 def restore(run: Run) -> None:
-    """Go back to the newest whole checkpoint, if there is one; ValueError unless all processes find the same."""
+    """Go back to the newest whole checkpoint, if there is one; ValueError unless all processes find the same, and for a model without any."""
     folder = newest_checkpoint(run.out / "checkpoints")
     found = torch.tensor([-1 if folder is None else int(folder.name[5:])], device=run.accelerator.device)
     steps = sorted(set(run.accelerator.gather(found).tolist()))
     if len(steps) > 1:
         raise ValueError(f"out: the processes found checkpoints of steps {steps} (-1: none) in {run.out}, expected a folder that all of them see")
     if folder is None:
+        if (done := run.task.exported(run.out / "model")) is not None:
+            raise ValueError(f"out: {run.out} holds a finished model of {done} steps and no checkpoint to go on from, expected another folder: it would be written over")
         return
     tensors, state = load_checkpoint(folder)
     run.losses = tensors["optimizer"].pop("history:loss").tolist()
