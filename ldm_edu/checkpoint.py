@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CHECKPOINT_FORMAT', 'PROGRESS_SECONDS', 'fsync', 'commit_folder', 'commit_first', 'CheckpointError', 'file_record',
            'plain_tensors', 'write_tensors', 'save_checkpoint', 'check_checkpoint', 'load_checkpoint',
-           'list_checkpoints', 'newest_checkpoint', 'rotate_checkpoints', 'locked', 'state_hash', 'LatentDataset',
-           'latent_batch', 'moments', 'stack_field', 'field_arrays', 'cache_latents', 'check_batch_size',
-           'cache_identity', 'items_of', 'encode_batch']
+           'list_checkpoints', 'newest_checkpoint', 'rotate_checkpoints', 'state_hash', 'LatentDataset', 'latent_batch',
+           'moments', 'stack_field', 'field_arrays', 'cache_latents', 'check_batch_size', 'cache_identity', 'items_of',
+           'encode_batch']
 
 # %% ../nbs/08b_checkpoints.ipynb #ed7914de
 """Files that outlive a run: checkpoints that are whole or absent, hashes of weights, latents encoded once.
@@ -15,8 +15,6 @@ __all__ = ['CHECKPOINT_FORMAT', 'PROGRESS_SECONDS', 'fsync', 'commit_folder', 'c
 It knows no optimiser and no loop: a state goes in and comes out as named tensors and JSON.
 """
 import contextlib
-import datetime
-import errno
 import hashlib
 import itertools
 import json
@@ -37,11 +35,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .core import check_choice, read_json, write_json
-
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing is locked
-    fcntl = None
+from .guards import locked
 
 # %% ../nbs/08b_checkpoints.ipynb #541f1cf8
 def fsync(path: str | os.PathLike) -> None:
@@ -209,63 +203,6 @@ def rotate_checkpoints(root: str | os.PathLike, keep: int, step: int) -> None:
     for _, folder in [c for c in list_checkpoints(root) if c[0] <= step][:-keep]:
         shutil.rmtree(folder)
 
-# %% ../nbs/08b_checkpoints.ipynb #b80e5c11
-_HELD: dict[Path, int] = {}  # files that a process has locked: the system would let that process in again
-
-
-def _lock_file(path: Path) -> int | None:
-    """The open, locked file; None where the system has no locks. Raises ValueError where another run has locked it."""
-    taken = _HELD.get(path) == os.getpid()
-    while fcntl and not taken:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and path.stat().st_ino == os.fstat(handle).st_ino:  # not one that its owner has just let go and deleted
-                return handle
-        except OSError as err:
-            if err.errno not in (errno.EACCES, errno.EAGAIN):
-                os.close(handle)
-                return None
-            taken = True
-        os.close(handle)
-    if taken:
-        raise ValueError(f"{path.parent}: in use by {_owner(path)}: wait until it is done, stop it, or take another folder")
-    return None
-
-
-def _owner(path: Path) -> str:
-    try:
-        return "process {pid} on {host} since {since}".format_map(read_json(path))
-    except (OSError, ValueError, KeyError):  # it has not written its name yet
-        return "another process"
-
-# %% ../nbs/08b_checkpoints.ipynb #5e77aa0c
-@contextlib.contextmanager
-def locked(path: str | os.PathLike) -> Iterator[bool]:
-    """Hold the file `path` alone, among all processes, while the block runs; it is made, and gone in the end.
-
-    Gives False where the system has no locks. Raises ValueError that names the process which holds it.
-    """
-    path = Path(path).resolve()
-    new = not path.parent.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = _lock_file(path)
-    _HELD[path] = os.getpid()
-    try:
-        if handle is not None:
-            since = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-            os.ftruncate(handle, 0)
-            os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode())
-        yield handle is not None
-    finally:
-        del _HELD[path]
-        if handle is not None:
-            path.unlink(missing_ok=True)
-            os.close(handle)
-        with contextlib.suppress(OSError):  # something has been written there
-            if new:
-                path.parent.rmdir()
-
 # %% ../nbs/08b_checkpoints.ipynb #51e9c18f
 def state_hash(weights: nn.Module | Mapping[str, Tensor]) -> str:
     """Hash of names, types, shapes and values of a module's state: the same for the same weights on any device."""
@@ -397,7 +334,7 @@ def cache_latents(
         _encode_all(encode, dataset, final, info, batch_size, progress)
     return LatentDataset(final)
 
-
+# %% ../nbs/08b_checkpoints.ipynb #53acfb24
 def check_batch_size(batch_size: int) -> None:
     """Raise ValueError for a number of pictures that no batch can have."""
     if isinstance(batch_size, bool) or not hasattr(batch_size, "__index__") or batch_size < 1:
@@ -443,7 +380,7 @@ def encode_batch(encode: Callable, items: Sequence[Mapping], image_key: str, fli
         raise ValueError(f"encode: got NaN or infinite latents in rows {odd}; the pictures there have values from {images[odd].min():.4g} to {images[odd].max():.4g}")
     return latents.numpy()
 
-
+# %% ../nbs/08b_checkpoints.ipynb #74559756
 def _encode_all(encode: Callable, dataset, final: Path, info: dict, batch_size: int, progress: bool) -> None:
     with _own_part(final) as part:
         _fill(encode, dataset, final, part, info, batch_size, progress)

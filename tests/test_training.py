@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ldm_edu import training
+from ldm_edu import guards, training
 from ldm_edu.checkpoint import (
     CheckpointError,
     LatentDataset,
@@ -30,13 +30,13 @@ from ldm_edu.checkpoint import (
     check_checkpoint,
     list_checkpoints,
     load_checkpoint,
-    locked,
     newest_checkpoint,
     rotate_checkpoints,
     save_checkpoint,
     state_hash,
 )
 from ldm_edu.core import Config
+from ldm_edu.guards import locked
 from ldm_edu.runs import collate_items, optimizer_tensors, restore_optimizer, seed_globals, slice_batch
 from ldm_edu.training import (
     EMA,
@@ -1028,10 +1028,8 @@ def test_two_runs_encode_into_one_folder(tmp_path, wait, pauses):
 
 
 def test_without_locks_each_process_still_has_its_own_part(tmp_path, monkeypatch):
-    from ldm_edu import checkpoint
-
-    monkeypatch.setattr(checkpoint, "fcntl", None)
-    with checkpoint.locked(tmp_path / "a.lock") as held:
+    monkeypatch.setattr(guards, "fcntl", None)
+    with locked(tmp_path / "a.lock") as held:
         assert held is False
     seen = []
     cached = cache_latents(lambda x: seen.extend(p.name for p in tmp_path.glob(".part-*")) or encode(x), Pictures(), tmp_path, key="k", progress=False)
