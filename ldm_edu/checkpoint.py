@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT_FORMAT', 'PROGRESS_SECONDS', 'fsync', 'commit_folder', 'commit_first', 'CheckpointError', 'file_record',
-           'plain_tensors', 'save_checkpoint', 'check_checkpoint', 'load_checkpoint', 'list_checkpoints',
-           'newest_checkpoint', 'rotate_checkpoints', 'locked', 'state_hash', 'LatentDataset', 'latent_batch',
+           'plain_tensors', 'write_tensors', 'save_checkpoint', 'check_checkpoint', 'load_checkpoint',
+           'list_checkpoints', 'newest_checkpoint', 'rotate_checkpoints', 'state_hash', 'LatentDataset', 'latent_batch',
            'moments', 'stack_field', 'field_arrays', 'cache_latents', 'check_batch_size', 'cache_identity', 'items_of',
            'encode_batch']
 
@@ -15,8 +15,6 @@ __all__ = ['CHECKPOINT_FORMAT', 'PROGRESS_SECONDS', 'fsync', 'commit_folder', 'c
 It knows no optimiser and no loop: a state goes in and comes out as named tensors and JSON.
 """
 import contextlib
-import datetime
-import errno
 import hashlib
 import itertools
 import json
@@ -31,16 +29,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .core import check_choice, read_json, write_json
-
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing is locked
-    fcntl = None
+from .guards import locked
 
 # %% ../nbs/08b_checkpoints.ipynb #541f1cf8
 def fsync(path: str | os.PathLike) -> None:
@@ -119,6 +114,14 @@ def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 # %% ../nbs/08b_checkpoints.ipynb #ea50dead
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write named tensors to one file. Raises OSError that names it when the disk refuses."""
+    try:
+        save_file(plain_tensors(tensors), path)
+    except SafetensorError as err:
+        raise OSError(f"{path}: could not be written ({err})") from err
+
+
 def save_checkpoint(root: str | os.PathLike, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping) -> Path:
     """Write `root/step-XXXXXXXX/` with one `.safetensors` per group of `tensors` and `state.json`; whole or not at all.
 
@@ -131,7 +134,7 @@ def save_checkpoint(root: str | os.PathLike, step: int, tensors: Mapping[str, Ma
     try:
         files = {}
         for stem, group in tensors.items():
-            save_file(plain_tensors(group), part / f"{stem}.safetensors")
+            write_tensors(group, part / f"{stem}.safetensors")
             files[f"{stem}.safetensors"] = file_record(part / f"{stem}.safetensors")
         head = {"format": CHECKPOINT_FORMAT, "step": step, "files": files}
         (part / "state.json").write_text(json.dumps({**head, **state}, indent=2) + "\n", encoding="utf-8")
@@ -199,63 +202,6 @@ def rotate_checkpoints(root: str | os.PathLike, keep: int, step: int) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     for _, folder in [c for c in list_checkpoints(root) if c[0] <= step][:-keep]:
         shutil.rmtree(folder)
-
-# %% ../nbs/08b_checkpoints.ipynb #b80e5c11
-_HELD: dict[Path, int] = {}  # files that a process has locked: the system would let that process in again
-
-
-def _lock_file(path: Path) -> int | None:
-    """The open, locked file; None where the system has no locks. Raises ValueError where another run has locked it."""
-    taken = _HELD.get(path) == os.getpid()
-    while fcntl and not taken:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and path.stat().st_ino == os.fstat(handle).st_ino:  # not one that its owner has just let go and deleted
-                return handle
-        except OSError as err:
-            if err.errno not in (errno.EACCES, errno.EAGAIN):
-                os.close(handle)
-                return None
-            taken = True
-        os.close(handle)
-    if taken:
-        raise ValueError(f"{path.parent}: in use by {_owner(path)}: wait until it is done, stop it, or take another folder")
-    return None
-
-
-def _owner(path: Path) -> str:
-    try:
-        return "process {pid} on {host} since {since}".format_map(read_json(path))
-    except (OSError, ValueError, KeyError):  # it has not written its name yet
-        return "another process"
-
-# %% ../nbs/08b_checkpoints.ipynb #5e77aa0c
-@contextlib.contextmanager
-def locked(path: str | os.PathLike) -> Iterator[bool]:
-    """Hold the file `path` alone, among all processes, while the block runs; it is made, and gone in the end.
-
-    Gives False where the system has no locks. Raises ValueError that names the process which holds it.
-    """
-    path = Path(path).resolve()
-    new = not path.parent.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = _lock_file(path)
-    _HELD[path] = os.getpid()
-    try:
-        if handle is not None:
-            since = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-            os.ftruncate(handle, 0)
-            os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode())
-        yield handle is not None
-    finally:
-        del _HELD[path]
-        if handle is not None:
-            path.unlink(missing_ok=True)
-            os.close(handle)
-        with contextlib.suppress(OSError):  # something has been written there
-            if new:
-                path.parent.rmdir()
 
 # %% ../nbs/08b_checkpoints.ipynb #51e9c18f
 def state_hash(weights: nn.Module | Mapping[str, Tensor]) -> str:
@@ -338,12 +284,12 @@ def moments(encoded) -> Tensor:
 # %% ../nbs/08b_checkpoints.ipynb #3b31448f
 def stack_field(key: str, values: Sequence) -> np.ndarray:
     """A field's values in one array, Python's fractions in float32; raises ValueError, naming the field, for what makes none."""
-    shapes = list(dict.fromkeys(np.shape(v) for v in values))
+    shapes = list(dict.fromkeys(tuple(np.shape(v)) for v in values))
     array = np.stack([np.asarray(v) for v in values]) if len(shapes) == 1 else None
     if array is None or array.dtype.kind not in "biuf":
         kinds = ", ".join(dict.fromkeys(type(v).__name__ for v in values))
         raise ValueError(f"{key}: got {kinds} of shape {', '.join(map(str, shapes[:3]))}, expected numbers of one shape in all items, or a text in each")
-    return array.astype(np.float32) if isinstance(values[0], float) else array
+    return array.astype(np.float32) if type(values[0]) is float else array
 
 
 def field_arrays(items: Sequence[Mapping], keep: Sequence[str], flips: bool, image_key: str = "image") -> tuple[dict, dict]:
@@ -356,7 +302,7 @@ def field_arrays(items: Sequence[Mapping], keep: Sequence[str], flips: bool, ima
         if key not in items[0]:
             raise ValueError(f"keys_to_keep: got {key!r}, expected some of {', '.join(items[0])}")
         values = [item[key] for item in items]
-        if isinstance(values[0], str):
+        if all(isinstance(v, str) for v in values):
             texts[key] = values
             continue
         arrays[key] = stack_field(key, values)
@@ -388,7 +334,7 @@ def cache_latents(
         _encode_all(encode, dataset, final, info, batch_size, progress)
     return LatentDataset(final)
 
-
+# %% ../nbs/08b_checkpoints.ipynb #53acfb24
 def check_batch_size(batch_size: int) -> None:
     """Raise ValueError for a number of pictures that no batch can have."""
     if isinstance(batch_size, bool) or not hasattr(batch_size, "__index__") or batch_size < 1:
@@ -424,14 +370,17 @@ def items_of(dataset, indices: Sequence[int]) -> list:
 @torch.no_grad()
 def encode_batch(encode: Callable, items: Sequence[Mapping], image_key: str, flips: bool) -> np.ndarray:
     """Latents (b, views, parts, c, h, w) of some items, float32; with `flips` a second view, of the mirrored pictures."""
-    images = torch.stack([torch.as_tensor(item[image_key]) for item in items])
+    images = [torch.as_tensor(item[image_key]) for item in items]
+    if odd := [i for i, image in enumerate(images) if image.shape != images[0].shape]:
+        raise ValueError(f"{image_key}: got shape {tuple(images[odd[0]].shape)} in row {odd[0]} and {tuple(images[0].shape)} in row 0, expected one shape")
+    images = torch.stack(images)
     views = [images, images.flip(-1)] if flips else [images]
     latents = torch.stack([moments(encode(v)).float().cpu() for v in views], dim=1)
-    if not latents.isfinite().all():
-        raise ValueError("encode: got NaN or infinite latents")
+    if odd := (~latents.isfinite()).flatten(1).any(1).nonzero().flatten().tolist():
+        raise ValueError(f"encode: got NaN or infinite latents in rows {odd}; the pictures there have values from {images[odd].min():.4g} to {images[odd].max():.4g}")
     return latents.numpy()
 
-
+# %% ../nbs/08b_checkpoints.ipynb #74559756
 def _encode_all(encode: Callable, dataset, final: Path, info: dict, batch_size: int, progress: bool) -> None:
     with _own_part(final) as part:
         _fill(encode, dataset, final, part, info, batch_size, progress)
@@ -444,9 +393,12 @@ def _fill(encode: Callable, dataset, final: Path, part: Path, info: dict, batch_
         for start in itertools.takewhile(lambda _: not final.exists(), range(done, n, batch_size)):
             indices = list(range(start, min(start + batch_size, n)))
             items = items_of(dataset, indices)
-            fields, words = field_arrays(items, info["fields"], info["flips"], info["image_key"])
-            latents = encode_batch(encode, items, info["image_key"], info["flips"]).astype(info["dtype"])
-            _store(part, arrays, {"latents": latents} | {f"field-{k}": a for k, a in fields.items()}, start, n)
+            try:
+                fields, words = field_arrays(items, info["fields"], info["flips"], info["image_key"])
+                latents = encode_batch(encode, items, info["image_key"], info["flips"]).astype(info["dtype"])
+                _store(part, arrays, {"latents": latents} | {f"field-{k}": a for k, a in fields.items()}, start, n)
+            except ValueError as err:
+                raise ValueError(f"items {start} to {indices[-1]}: {err}") from err
             for key, values in words.items():
                 texts.setdefault(key, [])[start:] = values
             bar.update(len(items))

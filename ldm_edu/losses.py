@@ -196,7 +196,7 @@ class PatchDiscriminator(nn.Module):
 # %% ../nbs/12_perceptual_losses.ipynb #6b6fa68e
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, reduce: Callable[[Tensor], Tensor] | None = None,
                     ) -> tuple[Tensor, dict[str, Tensor]]:
-    """|grad reconstruction| / (|grad adversarial| + 1e-4) in the decoder's last weights, within [0, 1e4]: 0-d, detached [VQGAN eq. 7].
+    """|grad reconstruction| / (|grad adversarial| + 1e-4) in the decoder's last weights, within [0, 1e4]: 0-d, detached [VQGAN eq. 7; both constants are its code's].
 
     Both losses are 0-d. `reduce` sums a tensor over processes, so that all get one weight. Under gradient accumulation each
     micro-batch has its own, from its own gradients. Returns it and both norms.

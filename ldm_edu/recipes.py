@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GAME_BETAS', 'LOG_PLOTS', 'PIXELS_ONLY', 'FIRST_STAGES', 'DIFFUSIONS', 'PUBLISHED_STAGES', 'FirstStageTask',
-           'AdversarialTask', 'plot_log', 'DiffusionTask', 'finished_steps', 'draw_steps', 'FirstStageRecipe',
-           'DiffusionRecipe', 'train_autoencoder', 'train_diffusion', 'check_pictures', 'check_stage', 'changed_unet',
+           'AdversarialTask', 'plot_log', 'DiffusionTask', 'draw_steps', 'FirstStageRecipe', 'DiffusionRecipe',
+           'train_autoencoder', 'train_diffusion', 'check_pictures', 'check_stage', 'changed_unet',
            'default_conditioner', 'conditioner_keys', 'data_names', 'all_captions', 'start_codebook', 'measure_latents',
            'latent_scale', 'describe_data', 'run_card', 'write_picture', 'code_version', 'machine']
 
@@ -32,6 +32,7 @@ from .autoencoder import AUTOENCODERS, AutoencoderConfig, LatentStatistics, firs
 from .checkpoint import newest_checkpoint, state_hash
 from .conditioning import CONDITIONERS, ClassConfig, ClassConditioner, NoCondition, TextConditioner, TextConfig, train_tokenizer
 from .core import Config, check_choice, default_device, read_json
+from .guards import check_numbers, evenly
 from .inpainting import InpaintConditioner, InpaintConfig
 from .latent_shards import latent_cache
 from .layout import JointConditioner, LayoutConditioner, LayoutConfig, SemanticConditioner, SemanticConfig
@@ -44,7 +45,7 @@ from .reading import learn_to_read
 from .runs import fetch_batch, kept_globals
 from .schedule import ScheduleConfig
 from .superres import LowResConditioner, LowResConfig
-from .training import TrainConfig, TrainingTask, check_numbers, evenly, train
+from .training import TrainConfig, TrainingTask, train
 from .unet import UNETS, UNet, UNetConfig
 from .viz import figure_png, plot_curves, png_bytes, to_grid
 
@@ -88,10 +89,6 @@ class FirstStageTask(TrainingTask):
         latents = measure_latents(model.to(default_device()).eval(), self.dataset).to_dict()
         save(model, folder, card={**run_card("first stage", self.data, info), "latents": latents}, overwrite=True)
 
-    def exported(self, folder: Path) -> int | None:
-        """Steps of the finished first stage in `folder`."""
-        return finished_steps(folder)
-
 
 GAME_BETAS = (0.5, 0.9)  # Adam's, of a first stage and its critic [LDM's released configurations]
 
@@ -126,8 +123,14 @@ class AdversarialTask(FirstStageTask):
         if part == "discriminator":
             return discriminator_loss(self.model, model(x, generators, "discriminator"))
         made = model(x, generators, "generator" if self.loss_config.judges(rng.step) else "reconstruction")
-        mean_over_processes = lambda gradient: self.reduce(gradient) / self.process[1]
-        return generator_loss(self.model, made, x, self.perceptual, mean_over_processes)
+        return generator_loss(self.model, made, x, self.perceptual, self.mean_over_processes(len(x), x.device))
+
+    def mean_over_processes(self, rows: int, device: torch.device):
+        """A function from a gradient of this process's mean to that of all processes' rows; None for one process."""
+        if self.process[1] == 1:
+            return None
+        total = self.reduce(torch.tensor(float(rows), device=device))
+        return lambda gradient: self.reduce(gradient * rows) / total
 
     def loss(self, model, batch: Mapping, rng) -> tuple[Tensor, dict]:
         """Without the discriminator's word: what the validation loss is."""
@@ -227,16 +230,6 @@ class DiffusionTask(TrainingTask):
     def beyond_default(self) -> dict:
         """What older runs do not name, because they had no choice."""
         return {} if self.recipe.distance == "l2" else {"distance": self.recipe.distance}
-
-    def exported(self, folder: Path) -> int | None:
-        """Steps of the finished model in `folder`."""
-        return finished_steps(folder)
-
-
-def finished_steps(folder: Path) -> int | None:
-    """Steps that the card of a finished model tells; None where there is no model."""
-    whole = all((folder / name).exists() for name in ("model.safetensors", "card.json", "config.json"))
-    return read_json(folder / "card.json").get("steps") if whole else None
 
 
 def draw_steps(rng, T: int, bias: float = 1.0) -> Tensor:
@@ -594,7 +587,10 @@ def write_picture(path: Path, images: Tensor, columns: int = 8) -> None:
 
 def code_version() -> str:
     """Version of the library and, in a checkout, its commit, with "+" behind it where files differ from it."""
-    version = importlib.metadata.version("ldm_edu")
+    try:
+        version = importlib.metadata.version("ldm_edu")
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path, not installed
+        version = "not installed"
     git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
     try:
         run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)

@@ -123,7 +123,7 @@ def test_a_recipe_of_the_class_room_counts_its_vector_and_refuses_odd_sizes():
 def test_latents_and_words():
     assert latent_bytes(AUTOENCODERS["kl-f8"], 256) == 2 * 4 * 4 * 32 * 32
     costs = recipe_costs(DIFFUSIONS["celebahq256-ldm4"], AUTOENCODERS["vq-f4"], 256, 1e12)
-    assert "274,056,163 parameters" in costs.tell() and "batch 48" in costs.tell() and "days for 410,000 steps" in costs.tell()
+    assert "274,056,163 parameters in the UNet" in costs.tell() and "batch 48" in costs.tell() and "days for 410,000 steps" in costs.tell()
 
 
 @pytest.mark.parametrize("name", [name for name in DIFFUSIONS if name not in PUBLISHED_STAGES and DIFFUSIONS[name].conditioner != "text"])

@@ -14,7 +14,7 @@ from conftest import ROOT
 LIBRARY = ROOT / "ldm_edu"
 # Nothing imports upward: a module may import modules of its own level or below, without cycles.
 LEVELS = {
-    0: "core drawing captions data schedule folders viz checkpoint processes channels runs weight_files shards tar_images latent_shards",
+    0: "core drawing captions data schedule folders viz checkpoint processes channels runs weight_files shards tar_images latent_shards guards",
     1: "objective attention samplers solvers guidance grader oracle features metrics clip_text findings",
     2: "unet autoencoder quantize tiling losses perceptual conditioning layout superres inpainting windows frozen_text placement evaluation probing",
     3: "ldm training reading editing asking keymaps foreign_configs",

@@ -1,5 +1,6 @@
 """The diffusion step of the recipes against oracles, the scale factor, and which weights a training call returns."""
 import copy
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import torch
 import training_toy as toy
 from torch.testing import assert_close
 
+from ldm_edu import recipes
 from ldm_edu.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm_edu.checkpoint import state_hash
 from ldm_edu.conditioning import NoCondition
@@ -364,8 +366,20 @@ class Nearness(torch.nn.Module):
         return (x - y).abs().flatten(1).mean(1)
 
 
-def test_two_processes_play_the_game_of_one(tmp_path):
-    options = {"steps": 14, "loss": GAN}
+def test_the_version_is_known_or_said_to_be_unknown(monkeypatch):
+    """A run of hours must not end in an error about its card."""
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    assert recipes.code_version().startswith(importlib.metadata.version("ldm_edu"))
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert recipes.code_version().startswith("not installed")
+
+
+@pytest.mark.parametrize("batch_size", [8, 7])
+def test_two_processes_play_the_game_of_one(tmp_path, batch_size):
+    """Also where one of them has a row more: the critic's weight is that of all rows."""
+    options = {"steps": 14, "loss": GAN, "batch_size": batch_size}
     one, two = toy.train_stage(tmp_path / "one", **options), two_processes(tmp_path / "two", options)
     for name in ("loss", "loss_discriminator", "gan_weight"):
         np.testing.assert_allclose(column(two, name), column(one, name), rtol=1e-4, atol=1e-5)

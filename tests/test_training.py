@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ldm_edu import training
+from ldm_edu import guards, training
 from ldm_edu.checkpoint import (
     CheckpointError,
     LatentDataset,
@@ -29,13 +30,13 @@ from ldm_edu.checkpoint import (
     check_checkpoint,
     list_checkpoints,
     load_checkpoint,
-    locked,
     newest_checkpoint,
     rotate_checkpoints,
     save_checkpoint,
     state_hash,
 )
 from ldm_edu.core import Config
+from ldm_edu.guards import locked
 from ldm_edu.runs import collate_items, optimizer_tensors, restore_optimizer, seed_globals, slice_batch
 from ldm_edu.training import (
     EMA,
@@ -470,6 +471,46 @@ def test_a_finished_run_keeps_its_model_and_its_steps(tmp_path):
     assert json.loads(card.read_text()) == told
 
 
+def test_a_finished_model_without_checkpoints_is_not_trained_again(tmp_path):
+    go(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for resume in (True, False):
+        with pytest.raises(ValueError, match="holds a finished model of 12 steps and no checkpoint to go on from, expected another folder"):
+            go(tmp_path, resume=resume)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_failed_start_leaves_the_model_as_it_was(tmp_path):
+    """Also in half precision, where the model is wrapped while it trains."""
+    go(tmp_path, QUICK.replace(precision="bf16"))
+    for folder in (tmp_path / "checkpoints").glob("step-*"):
+        (folder / "model.safetensors").write_bytes(b"")
+    task = toy.CircleTask()
+    with pytest.raises(CheckpointError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        go(tmp_path, QUICK.replace(precision="bf16"), task)
+    points, t = torch.randn(4, 2), torch.rand(4)
+    plain = toy.Net(0.0)
+    plain.load_state_dict(task.model.state_dict())
+    assert torch.equal(task.model(points, t), plain(points, t))
+
+
+@pytest.mark.parametrize("refused", ["player", "critic"])
+def test_refused_steps_are_counted_for_each_part(refused):
+    """The fp16 scaler may refuse one part's steps for ever: the other's must not hide it, nor stop the average."""
+    made = SimpleNamespace(config=QUICK.replace(precision="fp16"), skipped={}, optimizers={}, step=0, saved=None, out=Path("out"),
+                           batches=SimpleNamespace(dataset=toy.Circle()))
+    for part in ("player", "critic"):
+        made.optimizers[part] = torch.optim.SGD([{"params": [nn.Parameter(torch.ones(1))], "lr": 1.0, "lr_scale": 1.0}])
+    with pytest.raises(NonFiniteLoss):
+        for _ in range(30):
+            for part in ("player", "critic"):
+                training.apply_part(made, part, 1.0, math.inf if part == refused else 1.0)
+                assert not all(made.skipped.values()) or len(made.skipped) == 1
+    assert made.skipped[refused] == 21
+
+
 def test_a_stopped_run_may_end_where_it_is(tmp_path):
     go(tmp_path, stop_after=8)
     assert go(tmp_path, QUICK.replace(steps=8)).step == 8
@@ -720,6 +761,20 @@ def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, monkeypatch):
     assert not list((tmp_path / "checkpoints").glob(".part*"))
 
 
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    """What safetensors raises is no OSError; the disk's own refusal is one, and nothing is left behind."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        with pytest.raises(OSError, match=r"model\.safetensors: could not be written \("):
+            save_checkpoint(tmp_path, 3, {"model": {"w": torch.zeros(10_000)}}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("values, message", [
     ({"steps": 0}, "steps: got 0"), ({"precision": "int8"}, "expected one of 'fp32', 'bf16', 'fp16'"), ({"keep": 0}, "keep: got 0"),
     ({"lr_schedule": "cosin"}, "did you mean 'cosine'"), ({"ema_decay": 1.0}, "expected less than 1"), ({"lr": float("nan")}, "lr: got nan"),
@@ -956,7 +1011,7 @@ def encode_beside(folder, wait, pause, told):
         told.put(f"{type(err).__name__}: {err}")
 
 
-@pytest.mark.parametrize("wait, pauses", [(0.0, (0.1, 0.1)), (0.4, (0.15, 0.15)), (0.3, (0.3, 0.05))])
+@pytest.mark.parametrize("wait, pauses", [(0.0, (0.1, 0.1)), (0.4, (0.15, 0.15)), (0.3, (0.3, 0.05)), (0.25, (0.1, 0.5))])
 def test_two_runs_encode_into_one_folder(tmp_path, wait, pauses):
     """Both get the whole cache, whoever is first, and the slower one leaves nothing behind."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -973,10 +1028,8 @@ def test_two_runs_encode_into_one_folder(tmp_path, wait, pauses):
 
 
 def test_without_locks_each_process_still_has_its_own_part(tmp_path, monkeypatch):
-    from ldm_edu import checkpoint
-
-    monkeypatch.setattr(checkpoint, "fcntl", None)
-    with checkpoint.locked(tmp_path / "a.lock") as held:
+    monkeypatch.setattr(guards, "fcntl", None)
+    with locked(tmp_path / "a.lock") as held:
         assert held is False
     seen = []
     cached = cache_latents(lambda x: seen.extend(p.name for p in tmp_path.glob(".part-*")) or encode(x), Pictures(), tmp_path, key="k", progress=False)
@@ -1027,6 +1080,70 @@ def test_cache_refusals(tmp_path):
     with pytest.raises(ValueError, match="dtype"):
         cache_latents(encode, data, tmp_path, key="e", dtype="int8", progress=False)
     assert isinstance(cache_latents(encode, data, tmp_path, key="f", keys_to_keep=("boxes",), progress=False), LatentDataset)
+
+
+class Flawed(Pictures):
+    """Pictures of which item 17 is altered by `change`."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        return item | (self.change(item) if index == 17 else {})
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda item: {"image": item["image"] * math.nan}, r"items 16 to 22: encode: got NaN or infinite latents in rows \[1\]"),
+    (lambda item: {"image": item["image"][:, :4]}, r"items 16 to 22: image: got shape \(3, 4, 8\) in row 1 and \(3, 8, 8\) in row 0"),
+    (lambda item: {"boxes": torch.zeros(2, 4)}, r"items 16 to 22: boxes: got Tensor of shape \(4, 4\), \(2, 4\), expected numbers of one shape"),
+    (lambda item: {"label": None}, r"items 16 to 22: label: got int, NoneType of shape \(\), expected numbers"),
+    (lambda item: {"caption": None}, r"items 16 to 22: caption: got str, NoneType"), (lambda item: {"label": ["a", "b"]}, r"label: got int, list of shape \(\), \(2,\)"),
+])
+def test_a_bad_item_is_named(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        cache_latents(encode, Flawed(change), tmp_path, key="k", keys_to_keep=("label", "caption", "boxes"), batch_size=8, progress=False)
+
+
+def test_what_a_data_set_gives_beside_its_pictures(tmp_path):
+    """Pictures in numpy are as good as tensors; Python's fractions come as the trainer itself would stack them, in float32."""
+    class Mixed(Pictures):
+        def __getitem__(self, index):
+            return {"image": self.images[index].numpy(), "weight": index / 2, "exact": np.float64(index)}
+
+    cached = cache_latents(encode, Mixed(), tmp_path, key="k", keys_to_keep=("weight", "exact"), progress=False)
+    batch = cached.fetch([0, 5])
+    assert torch.equal(batch["mean"], encode(Pictures().images[[0, 5]])[0]) and batch["exact"].dtype == torch.float64
+    assert batch["weight"].dtype == collate_items([0.5, 1.0]).dtype == torch.float32 and batch["weight"].tolist() == [0.0, 2.5]
+    with pytest.raises(ValueError, match="got a list without `fingerprint"):
+        cache_latents(encode, [Pictures()[0]], tmp_path, key="k", progress=False)
+
+
+def test_long_texts_are_not_copied_with_every_batch(tmp_path):
+    """Time grows with the number of items, not with its square."""
+    class Told(Pictures):
+        def __init__(self, n):
+            self.n = n
+
+        def __len__(self):
+            return self.n
+
+        def __getitems__(self, indices):
+            return [{"image": torch.zeros(3, 1, 1), "caption": str(i)} for i in indices]
+
+    from ldm_edu import checkpoint
+    seen = []
+    real = checkpoint._save_progress
+    checkpoint._save_progress = lambda part, arrays, texts, done: seen.append(texts.get("caption")) or real(part, arrays, texts, done)
+    try:
+        cache_latents(lambda x: x, Told(60), tmp_path, key="k", keys_to_keep=("caption",), batch_size=7, progress=False)
+        checkpoint.PROGRESS_SECONDS, before = 0, checkpoint.PROGRESS_SECONDS
+        cached = cache_latents(lambda x: x, Told(61), tmp_path, key="k", keys_to_keep=("caption",), batch_size=7, progress=False)
+    finally:
+        checkpoint._save_progress, checkpoint.PROGRESS_SECONDS = real, before
+    lists = {id(texts) for texts in seen[1:]}
+    assert len(seen) > 5 and len(lists) == 1 and cached.fetch([0, 60])["caption"] == ["0", "60"]
 
 
 def test_training_on_cached_latents_with_flips(tmp_path):
