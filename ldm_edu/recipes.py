@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GAME_BETAS', 'LOG_PLOTS', 'PIXELS_ONLY', 'FIRST_STAGES', 'DIFFUSIONS', 'PUBLISHED_STAGES', 'FirstStageTask',
-           'AdversarialTask', 'plot_log', 'DiffusionTask', 'draw_steps', 'FirstStageRecipe', 'DiffusionRecipe',
-           'train_autoencoder', 'train_diffusion', 'check_pictures', 'check_stage', 'changed_unet',
+           'AdversarialTask', 'plot_log', 'DiffusionTask', 'in_numbers', 'draw_steps', 'FirstStageRecipe',
+           'DiffusionRecipe', 'train_autoencoder', 'train_diffusion', 'check_pictures', 'check_stage', 'changed_unet',
            'default_conditioner', 'conditioner_keys', 'data_names', 'all_captions', 'start_codebook', 'measure_latents',
            'latent_scale', 'describe_data', 'run_card', 'write_picture', 'code_version', 'machine']
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from .autoencoder import AUTOENCODERS, AutoencoderConfig, LatentStatistics, first_stage_loss, latent_statistics
 from .checkpoint import newest_checkpoint, state_hash
-from .conditioning import CONDITIONERS, ClassConfig, ClassConditioner, NoCondition, TextConditioner, TextConfig, train_tokenizer
+from .conditioning import CONDITIONERS, ClassConfig, ClassConditioner, Conditioner, NoCondition, TextConditioner, TextConfig, train_tokenizer
 from .core import Config, check_choice, default_device, read_json
 from .guards import check_numbers, evenly
 from .inpainting import InpaintConditioner, InpaintConfig
@@ -196,7 +196,7 @@ class DiffusionTask(TrainingTask):
         t = draw_steps(rng, self.schedule.T, self.recipe.step_bias)
         drop = rng.uniform("drop") < self.recipe.condition_dropout
         conditioner = self.ldm.net.conditioner
-        batch = conditioner.complete(batch, self.ldm.encode, rng)
+        batch = conditioner.complete(in_numbers(conditioner, batch, rng.device), self.ldm.encode, rng)
         batch = {**batch, **{key: rng.uniform(key) < self.recipe.condition_dropout for key in conditioner.drops}}
         loss = diffusion_loss(lambda x_t, t: model(x_t, t, batch, drop), z, self.schedule.to(z.device), t,
                               rng.normal(shape, "eps"), prediction=self.ldm.config.prediction,
@@ -230,6 +230,15 @@ class DiffusionTask(TrainingTask):
     def beyond_default(self) -> dict:
         """What older runs do not name, because they had no choice."""
         return {} if self.recipe.distance == "l2" else {"distance": self.recipe.distance}
+
+
+def in_numbers(conditioner: Conditioner, batch: Mapping, device: torch.device) -> Mapping:
+    """A batch with token numbers on the device in place of texts: a compiled model would be compiled anew for every text that it sees."""
+    if not any(isinstance(batch.get(key), (list, tuple)) for key in conditioner.keys):
+        return batch
+    pin = torch.Tensor.pin_memory if device.type == "cuda" else torch.Tensor.contiguous
+    told = {key: pin(x).to(device, non_blocking=True) if x.device.type == "cpu" else x for key, x in conditioner.tensors(batch).items()}
+    return {**{key: value for key, value in batch.items() if key not in conditioner.keys}, **told}
 
 
 def draw_steps(rng, T: int, bias: float = 1.0) -> Tensor:

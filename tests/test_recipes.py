@@ -531,3 +531,21 @@ def test_latents_are_measured_in_all_parts_of_the_data(tmp_path):
 
     told = measure_latents(IdentityStage(AutoencoderConfig(3, 8, (1,), double_z=False, num_groups=4)), Ordered(30), images=20).to_dict()
     assert told["n"] == 20 and told["channel_mean"] == pytest.approx([0, 0, 0], abs=1e-6)
+
+
+def test_a_compiled_model_is_not_compiled_for_each_text():
+    """Texts become token numbers before it; of texts the compiler makes a function for each, and gives up after eight."""
+    made, before = [], []
+    torch._dynamo.reset()
+    model = load("scenes-text")
+    model.net.requires_grad_(True).train()
+    task, net = DiffusionTask(model, DIFFUSIONS["text-tiny"], "hash"), torch.compile(model.net, backend=lambda graph, _: made.append(graph) or graph.forward)
+    scenes = Scenes(32, n=48, fields=("caption",))
+    try:
+        for step in range(12):
+            captions = [scenes[i]["caption"] for i in range(4 * step, 4 * step + 4)]
+            before.append(len(made))
+            task.loss(net, {"caption": captions, "mean": torch.randn(4, 4, 8, 8), "std": torch.ones(4, 4, 8, 8)}, RowRandom(0, step, range(4)))
+    finally:
+        torch._dynamo.reset()
+    assert 0 < before[4] == len(made), f"compiled before each step: {before}"
