@@ -561,7 +561,7 @@ def test_all_processes_of_a_second_run_are_refused(tmp_path):
     with locked(tmp_path / "run" / "run.lock"):
         done = subprocess.run(command, capture_output=True, text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode != 0 and f"in use by process {os.getpid()} on" in done.stderr
-    assert "the first process could not have" in done.stderr and not list((tmp_path / "run").iterdir())
+    assert "ValueError: out: the first process could not have" in done.stderr and not list((tmp_path / "run").iterdir())
 
 
 def test_what_happens_between_steps_does_not_change_the_run(tmp_path):
