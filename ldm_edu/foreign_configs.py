@@ -119,7 +119,7 @@ def unet_config(values: Mapping, where: str = "unet") -> UNetConfig:
         use_scale_shift_norm=values.get("resnet_time_scale_shift", "default") == "scale_shift")
 
 # %% ../nbs/99c_foreign_configs.ipynb #afffd521
-def unet_values(config: UNetConfig, sample_size: int, linear: bool = False) -> dict:
+def unet_values(config: UNetConfig, sample_size: int | list[int], linear: bool = False) -> dict:
     """Our UNet's config as theirs, with the class that reads it; `linear`: with projections as matrices (see `keymaps.unet_entries`).
 
     Raises ValueError for what theirs cannot say: a vector, a context at some levels only, resblock_updown with a context, and in a plain UNet heads of different widths.

@@ -28,7 +28,7 @@ from .core import atomic_path, check_choice, read_json, write_json
 from .foreign_configs import RELEASED, check_tables, released_config, schedule_config, schedule_values, stage_config, stage_values, unet_config, unet_values
 from .frozen_text import FrozenTextConditioner, FrozenTextConfig, load_clip, save_clip
 from .keymaps import Entry, as_matrix, first_stage_entries, from_ours, newest_names, to_ours, unet_entries
-from .ldm import ConditionalUNet, LatentDiffusion, LDMConfig
+from .ldm import ConditionalUNet, LatentDiffusion, LDMConfig, two_sides
 from .quantize import make_first_stage
 from .unet import UNETS, UNet, UNetConfig
 from .weight_files import READER, STAGE, UNET, Checkpoint, check_kind, own_tensors, read_folder, read_tensors, split_checkpoint
@@ -219,7 +219,7 @@ def diffusers_config(folder: str | Path) -> tuple[LDMConfig, Path, Path]:
         longest = _said(folder, "text_encoder")[1].get("max_position_embeddings", 77)
         conditioner, guidance = {"name": "frozen-text", "config": {"model": str(folder), "max_length": min(77, longest)}}, 7.5
     factor = stage_said.get("scaling_factor") or (0.18215 if stage.double_z else 1.0)  # old configs do not say it
-    size = (size if isinstance(size, int) else size[0]) * stage.downsample_factor
+    size = tuple(side * stage.downsample_factor for side in two_sides("sample_size", size))
     return LDMConfig(stage, parts["UNet"], conditioner, schedule, prediction, factor, size, guidance), stage_place, unet_place
 
 # %% ../nbs/23_real_weights.ipynb #4f635447
@@ -244,6 +244,8 @@ def pipeline_of(model: LatentDiffusion) -> tuple[str, dict]:
     """
     read, double_z = model.net.conditioner, model.config.first_stage.double_z
     if isinstance(read, NoCondition):
+        if isinstance(model.config.image_size, tuple):
+            raise ValueError(f"image_size: got {model.config.image_size}, expected one side: diffusers' pipeline without a condition draws squares")
         return "LDMPipeline", {}
     if not isinstance(read, FrozenTextConditioner) or read.config.masked or read.config.pooled or not double_z:
         options = f" with masked {read.config.masked}, pooled {read.config.pooled} and a {model.config.first_stage.kind} stage" if isinstance(read, FrozenTextConditioner) else ""
@@ -257,9 +259,11 @@ def pipeline_of(model: LatentDiffusion) -> tuple[str, dict]:
 def _networks(model: LatentDiffusion, stage_name: str, linear: bool) -> dict[str, tuple]:
     """The two networks of a pipeline's folder: config, map of names, and the module itself."""
     config, unet, stage = model.config, model.net.unet, model.first_stage
-    cells = config.image_size // config.first_stage.downsample_factor
+    sides = two_sides("image_size", config.image_size)
+    cells = [side // config.first_stage.downsample_factor for side in sides]
+    cells = cells if len(set(cells)) > 1 else cells[0]
     return {"unet": (unet_values(config.unet, cells, linear), unet_entries(unet, "diffusers", linear), unet),
-            stage_name: (stage_values(config.first_stage, config.image_size, config.scale_factor), first_stage_entries(stage, "diffusers"), stage)}
+            stage_name: (stage_values(config.first_stage, max(sides), config.scale_factor), first_stage_entries(stage, "diffusers"), stage)}
 
 # %% ../nbs/23_real_weights.ipynb #d051f02b
 def save_diffusers(model: LatentDiffusion, folder: str | Path, overwrite: bool = False, linear: bool = False,

@@ -104,6 +104,23 @@ def test_a_text_model_of_ours_opens_in_diffusers(clip, tmp_path):
     assert again.config == model.config.replace(conditioner=again.config.conditioner)
 
 
+def test_pictures_that_are_not_square_stay_so(clip, tmp_path):
+    model = text_model(clip)
+    model.config = model.config.replace(image_size=(16, 24))
+    W.save_diffusers(model, tmp_path / "pipe")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "pipe")
+    pipe.set_progress_bar_config(disable=True)
+    latents = torch.stack([torch.randn(4, 8, 12, generator=g) for g in make_generators(0, 2)])
+    theirs = pipe(PROMPTS, num_inference_steps=10, guidance_scale=5.0, latents=latents, output_type="np").images
+    again = W.load_diffusers(tmp_path / "pipe")
+    assert theirs.shape == (2, 16, 24, 3) and again.config.image_size == (16, 24)
+    assert np.abs(ours_as_theirs(again.sample(PROMPTS, steps=10, sampler="ddim", guidance_scale=5.0)) - theirs).max() <= 1e-4
+    plain = make(KL, UNetConfig(KL.z_channels, KL.z_channels, 32, (1, 2), 1, (2,), head_dim=8, num_groups=8))
+    plain.config = plain.config.replace(image_size=(16, 24))
+    with pytest.raises(ValueError, match=r"image_size: got \(16, 24\), expected one side"):
+        W.save_diffusers(plain, tmp_path / "plain")
+
+
 @pytest.mark.parametrize("stage", [KL, KL.replace(mid_attention=False, attention_levels=(1,)), VQ], ids=["kl", "kl without attention in the middle", "vq"])
 @pytest.mark.parametrize("unet", [{}, {"use_scale_shift_norm": True, "resblock_updown": True}], ids=["plain", "AdaGN and resblock_updown"])
 @pytest.mark.parametrize("prediction", ["eps", "v"])
