@@ -364,7 +364,7 @@ def train_diffusion(data, first_stage: nn.Module, recipe: str | DiffusionRecipe 
         start, conditioner = _start(start_from, first_stage, recipe, recipe_options or {}), start_from.net.conditioner
     network = start_from.config.unet if start_from is not None else changed_unet(recipe.unet, unet)
     size = check_pictures(data, validation, conditioner.keys if conditioner else conditioner_keys(recipe.conditioner),
-                          first_stage.config.downsample_factor * network.downsample_factor, first_stage.config.in_channels, cached=True)[1]
+                          first_stage.config.downsample_factor * network.downsample_factor, first_stage.config.in_channels, cached=True)
     with kept_globals():
         torch.manual_seed(options.seed)
         conditioner = conditioner or default_conditioner(recipe.conditioner, data, network.context_dim, recipe.pooled, first_stage.config)
@@ -566,7 +566,7 @@ def _start(model: LatentDiffusion, first_stage: nn.Module, recipe: DiffusionReci
     return {"weights": state_hash(model.net), **{key: model.card[key] for key in known if key in model.card}}
 
 
-def _assemble(first_stage, conditioner, recipe: DiffusionRecipe, network: UNetConfig, latents, size: int) -> LatentDiffusion:
+def _assemble(first_stage, conditioner, recipe: DiffusionRecipe, network: UNetConfig, latents, size: tuple[int, int]) -> LatentDiffusion:
     z = first_stage.config.z_channels
     unet = network.replace(in_channels=z + conditioner.concat_channels, out_channels=z, context_dim=conditioner.context_dim, c_dim=conditioner.c_dim)
     config = LDMConfig(first_stage.config, unet, conditioner.to_dict(), recipe.schedule, recipe.prediction,

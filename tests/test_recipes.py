@@ -228,6 +228,16 @@ def test_diffusion_on_pixels_by_the_identity_stage(tmp_path):
         train_autoencoder(data, FirstStageRecipe(stage.config, QUICK), tmp_path / "stage", progress=False)
 
 
+def test_a_model_of_pictures_that_are_not_square_draws_such(tmp_path):
+    data = Scenes((16, 24), n=8, objects=(1, 1), fields=("image",))
+    stage = IdentityStage(AutoencoderConfig(3, 8, (1,), double_z=False, num_groups=4))
+    small = {"model_channels": 8, "num_groups": 4, "head_dim": 8, "attention_levels": (2,)}
+    model = train_diffusion(data, stage, DiffusionRecipe("tiny", "none", train=QUICK), tmp_path, progress=False, unet=small)
+    again = load(tmp_path)
+    assert model.config == again.config and again.config.image_size == (16, 24)
+    assert again.sample(n=2, steps=2).shape == (2, 3, 16, 24)
+
+
 def test_the_returned_model_knows_where_it_comes_from(tmp_path):
     data = Scenes(16, n=8, objects=(1, 1), fields=("image",))
     stage = IdentityStage(AutoencoderConfig(3, 8, (1,), double_z=False, num_groups=4))
