@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from .asking import check_place
 from .core import default_device, write_json, write_text
 from .data import Scenes, make_prompts
 from .grader import grade
@@ -43,6 +44,7 @@ class Demo:
 
     def run(self) -> int:
         """Train both stages (or go on with them), measure, write the report, say what to try next."""
+        check_place(self.out)
         report = make_demo(self)
         print(summary(report, self.out))
         return 0

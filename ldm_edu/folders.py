@@ -120,6 +120,9 @@ def _walk_folders(root):
     def stop(error):
         raise error
 
+    if not Path(root).exists():
+        here = "" if Path(root).is_absolute() else f" in {Path.cwd()}"
+        raise FileNotFoundError(f"{root}: there is no such folder{here}, expected one with pictures")
     seen, starts, top = set(), [Path(root)], Path(root).resolve()
     for start in starts:
         for folder, subfolders, files in os.walk(start, onerror=stop):

@@ -565,6 +565,8 @@ def test_demo_makes_its_report(tmp_path, monkeypatch, capsys):
     """The whole demo with a few steps: every part of the report is there, with pictures inside the page."""
     from ldm_edu import demo
 
+    (tmp_path / "file").write_text("")
+    assert cli.main(["demo", "--out", str(tmp_path / "file")]) == 2 and "file is a file, expected a folder" in capsys.readouterr().err
     monkeypatch.setattr(demo, "pretrained_names", list)
     options = ["--scenes", "64", "--prompts", "2", "--first-stage-steps", "2", "--diffusion-steps", "2"]
     assert cli.main(["demo", "--out", str(tmp_path / "demo"), *options]) == 0

@@ -282,8 +282,10 @@ def test_folders_that_link_to_each_other_are_read_once(tmp_path):
 
 
 def test_missing_file_and_empty_folder_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(FileNotFoundError, match="nowhere: there is no such folder, expected one with pictures"):
         ImageFolder(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=f"^nowhere: there is no such folder in {Path.cwd()}, expected"):
+        ImageFolder("nowhere")
     with pytest.raises(ValueError, match="got no image among 0 files"):
         ImageFolder(tmp_path)
     (tmp_path / "IMG_1.heic").write_bytes(b"1")
