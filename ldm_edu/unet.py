@@ -252,8 +252,8 @@ def check_inputs(config: UNetConfig, x: Tensor, t: Tensor, context: Tensor | Non
     check_shape("x", x, "b c h w", c=config.in_channels)
     (b, _, h, w), factor = x.shape, config.downsample_factor
     check_shape("t", t, "b", b=b)
-    if t.dtype == torch.bool or t.is_floating_point() or t.is_complex():
-        raise ValueError(f"t: got dtype {t.dtype}, expected whole numbers: steps 0 ... T - 1")
+    if t.dtype == torch.bool or t.is_complex():
+        raise ValueError(f"t: got dtype {t.dtype}, expected steps from 0 to T - 1 (fractions lie between two)")
     if h % factor or w % factor or not h or not w:
         raise ValueError(f"x: got height {h} and width {w}, expected positive multiples of {factor}")
     for name, value, width in (("context", context, config.context_dim), ("c", c, config.c_dim)):

@@ -121,7 +121,7 @@ def test_a_bug_that_no_test_notices_is_reported(runner):
     ([], [CATCHES], "SURVIVED"),
     ([GUIDE], ["test_guidance.py::test_no_such_name"], "pytest ended with 4"),
     ([GUIDE], ["test_guidance.py", "-k", "nothing_is_called_this"], "pytest ended with 5"),
-    ([("guidance", "import math", "import maths")], [CATCHES], "pytest ended with [24]"),  # no import
+    ([("guidance", "import torch\n", "import torque\n")], [CATCHES], "pytest ended with [24]"),  # no import
     ([(GUIDE[0], GUIDE[1], "e_u + skale")], [CATCHES], "by NameError, expected a failed assertion"),
     ([(GUIDE[0], GUIDE[1], "[].assertion")], [CATCHES], "by AttributeError, expected a failed assertion"),
     ([(GUIDE[0], "return e_u", "assert False\n    return e_u")], [CATCHES], "the assertion that failed is the library's"),
@@ -148,7 +148,7 @@ def test_a_fresh_process_says_the_same_as_a_forked_one(runner):
 
 
 def test_a_child_that_dies_is_an_error_and_the_next_request_works(runner):
-    with Mutant([("guidance", "import math", "import math\nimport os\nos._exit(3)")]) as mutant, pytest.raises(RuntimeError, match="died without an answer"):
+    with Mutant([("guidance", "import torch\n", "import torch\nimport os\nos._exit(3)\n")]) as mutant, pytest.raises(RuntimeError, match="died without an answer"):
         runner.run(mutant, [CATCHES])
     assert verdict(runner, [GUIDE], CATCHES) == ""
 
