@@ -111,7 +111,7 @@ def tell_unread(names: Sequence[str]) -> str:
         return ""
     return f"left out are pictures in formats that are not read: {kinds} (such as {min(odd)}). Convert them to PNG or JPEG, or move them away."
 
-
+# %% ../nbs/01c_folders.ipynb #2b76b42d
 def _walk_folders(root):
     """(folder, names of its files) of `root` and all below it, each once: under its own name before any link to it; hidden folders are left out.
 
