@@ -555,8 +555,8 @@ def _check_prompt(conditioner: TextConditioner, prompt) -> None:
 
 # %% ../nbs/16_text.ipynb #ef6b4bd9
 def _trim(ids: Tensor, most: int) -> Tensor:
-    """Cut columns that are padding in every row (on the CPU only: elsewhere looking would stall the device)."""
-    if ids.device.type == "cpu":
+    """Cut columns that are padding in every row: on the CPU only (elsewhere looking would stall the device), and uncompiled (each length would be another network)."""
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
         used = (ids != PAD).any(0).nonzero()
         ids = ids[:, : int(used.max()) + 1 if len(used) else 1]
     if ids.shape[1] > most:

@@ -657,6 +657,14 @@ def test_importing_the_command_line_does_not_import_diffusers():
     assert subprocess.run([bench.sys.executable, "-c", code]).returncode == 0
 
 
+def test_graphs_have_no_peak(monkeypatch):
+    """A replay allocates nothing, so that 0 would be said of what needs most."""
+    monkeypatch.setattr(bench, "peak_memory", lambda job, device: job())
+    settings = {name: Setting.parse(name) for name in ("ldm_edu+bf16", "ldm_edu+bf16+compiled", "ldm_edu+bf16+cuda-graphs")}
+    peaks = bench.peaks_of({name: lambda name=name: len(name) for name in settings}, settings, "cuda")
+    assert peaks == {"ldm_edu+bf16": 12, "ldm_edu+bf16+compiled": 21}
+
+
 # ------------------------------------------------------------------------------------------------ committed figures
 def test_committed_figures_are_whole(root):
     h200 = json.loads((root / "data/sweeps/speed-h200.json").read_text())
@@ -671,10 +679,13 @@ def test_committed_figures_are_whole(root):
     for run in h200["checked"]:
         assert all(gaps["float32"] <= 1e-5 and gaps["gradient"] < 2e-3 and gaps["own"] < 0.05 for gaps in run["agreement"].values())
         assert all(f"| {row['setting']} | {row['ms']:.1f} |" in speed_table(run) for row in run["rows"])
+        assert all((row["peak_mib"] is None) == ("cuda-graphs" in row["setting"]) for row in run["rows"])
     large = h200["larger_batch"]
-    assert all(row["share_of_matrix_rate"] == pytest.approx(1e3 * large["tflop"] / row["ms"] / large["matrix_tflops"]) for row in large["rows"].values())
+    for run in (large, large["before"]):
+        assert all(row["share_of_matrix_rate"] == pytest.approx(1e3 * large["tflop"] / row["ms"] / run["matrix_tflops"]) for row in run["rows"].values())
     steps = json.loads((root / "data/sweeps/profile-h200-64.json").read_text())
-    assert 0.8 * steps["total_ms"] < sum(row["ms"] for row in steps["operations"]) < steps["total_ms"]
+    for profile in (steps, steps["before"]):
+        assert 0.8 * profile["total_ms"] < sum(row["ms"] for row in profile["operations"]) < profile["total_ms"]
     assert len((root / "data/sweeps/profile-h200.txt").read_text().splitlines()) == 24
     cpu = json.loads((root / "data/sweeps/speed-cpu.json").read_text())["comparisons"]
     assert all(f"| {row['setting']} | {row['ms']:.1f} |" in speed_table(run) for run in cpu for row in run["rows"])

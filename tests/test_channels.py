@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from ldm_edu.autoencoder import AutoencoderConfig
-from ldm_edu.channels import _after, _before, channels_last, misplaced, norms_as_on_cuda
+from ldm_edu.channels import _after, _before, channels_last, copies_on_the_way_back, misplaced, norms_as_on_cuda
 from ldm_edu.contenders import Setting, Workload, contend
 from ldm_edu.quantize import make_first_stage
 from ldm_edu.unet import UNet, UNetConfig
@@ -171,3 +171,24 @@ class Upward(nn.Module):
     def forward(self, x, more):
         h = self.conv(self.norm(x if more is None else x + more))
         return self.up(self.again(h))
+
+
+def backward_events(x, gradient, autocast=False):
+    """The profile of one convolution's way back, and of a copy outside of it."""
+    conv = nn.Conv2d(16, 16, 3, padding=1).to(memory_format=torch.channels_last)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = conv(x)
+        y.backward(gradient.to(y.dtype))
+        torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)  # nobody's way back
+    return seen.events()
+
+
+def test_copies_on_the_way_back_are_counted_where_they_are():
+    last, first = (torch.randn(2, 16, 8, 8).contiguous(memory_format=layout) for layout in (torch.channels_last, torch.contiguous_format))
+    given = last.clone().requires_grad_()
+    assert copies_on_the_way_back(backward_events(given, last)) == 0
+    assert copies_on_the_way_back(backward_events(given, first)) == 1
+    assert copies_on_the_way_back(backward_events(given, last, autocast=True)) == 0, "a change of type is no change of layout"
+    events = backward_events(given, first)
+    assert any(e.name == "aten::copy_" and e.cpu_parent.name != "aten::convolution_backward" for e in events if e.cpu_parent), "the caller itself is another"
