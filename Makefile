@@ -3,10 +3,12 @@ SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
+WORKLOAD ?= S16
+WHAT ?= train
 STAMP := $(VENV)/.installed
 NEEDED_GB := 9
 
-.PHONY: help demo test lab export check mutations lint-lessons weights clean-runs setup
+.PHONY: help demo test lab bench export check mutations lint-lessons weights clean-runs setup
 .DEFAULT_GOAL := help
 
 help:  ## say what can be made
@@ -38,6 +40,9 @@ demo: $(STAMP)  ## train a text-to-image model from nothing; report in runs/demo
 
 lab: $(STAMP)  ## open the lessons in JupyterLab
 	@$(BIN)/jupyter lab --notebook-dir nbs
+
+bench: $(STAMP)  ## our network beside diffusers' on this machine, as a table: make bench WORKLOAD=S8 WHAT=sample
+	@$(BIN)/ldm-edu bench --workload $(WORKLOAD) --what $(WHAT)
 
 # ------------------------------------------------------------------------------------------------ maintain
 export: $(STAMP)  ## rebuild ldm_edu/ from the notebooks
