@@ -138,6 +138,11 @@ class AdversarialConfig(Config):
             raise ValueError(f"got disc_channels {self.disc_channels} and disc_layers {self.disc_layers}, "
                              "expected a positive multiple of 4, and at least 1 layer")
 
+    @property
+    def shortest(self) -> int:
+        """Pixels that a picture's sides have at least: what leaves one logit after the last two layers."""
+        return 3 * 2**self.disc_layers
+
     def trains_discriminator(self, step: int) -> bool:
         """Does the discriminator train at this step (from 0)?"""
         return step >= self.disc_start
@@ -185,9 +190,8 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         b, _, h, w = check_shape("images", images, "b c h w", c=self.main[0].in_channels).shape
-        shortest = 3 * 2**self.config.disc_layers  # what leaves one logit after the last two layers
-        if min(h, w) < shortest:
-            raise ValueError(f"images: got {h} x {w} pixels, expected at least {shortest} on a side for {self.config.disc_layers} layers")
+        if min(h, w) < self.config.shortest:
+            raise ValueError(f"images: got {h} x {w} pixels, expected at least {self.config.shortest} on a side for {self.config.disc_layers} layers")
         if self.config.disc_norm == "batch" and self.training and b < 2:
             raise ValueError("images: got a batch of 1, expected at least 2 for batch norm, whose statistics of one picture mean "
                              'nothing; disc_norm "group" or "spectral" works for any batch')

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['GAME_BETAS', 'LOG_PLOTS', 'PIXELS_ONLY', 'FIRST_STAGES', 'DIFFUSIONS', 'PUBLISHED_STAGES', 'FirstStageTask',
            'AdversarialTask', 'plot_log', 'DiffusionTask', 'in_numbers', 'draw_steps', 'FirstStageRecipe',
-           'DiffusionRecipe', 'train_autoencoder', 'train_diffusion', 'check_pictures', 'check_stage', 'changed_unet',
-           'default_conditioner', 'conditioner_keys', 'data_names', 'all_captions', 'start_codebook', 'measure_latents',
-           'latent_scale', 'describe_data', 'run_card', 'write_picture', 'code_version', 'machine']
+           'DiffusionRecipe', 'train_autoencoder', 'check_game', 'train_diffusion', 'check_pictures', 'check_stage',
+           'changed_unet', 'default_conditioner', 'conditioner_keys', 'data_names', 'all_captions', 'start_codebook',
+           'measure_latents', 'latent_scale', 'describe_data', 'run_card', 'write_picture', 'code_version', 'machine']
 
 # %% ../nbs/91_recipes.ipynb #56d461c4
 """Named recipes and the two calls that train them: `train_autoencoder` and `train_diffusion`.
@@ -105,6 +105,9 @@ class AdversarialTask(FirstStageTask):
     def configure(self, dataset, config, device) -> None:
         """As of a first stage; the perceptual network moves to the device."""
         super().configure(dataset, config, device)
+        if config.compile and self.loss_config.adaptive:
+            from torch._functorch import config as compiled
+            compiled.donated_buffer = False  # the two gradients that the weight is made of go back through what the step's own still needs
         self.perceptual = self.perceptual and self.perceptual.to(device)
 
     def active(self, part: str, step: int) -> bool:
@@ -312,15 +315,26 @@ def train_autoencoder(data, recipe: str | FirstStageRecipe = "kl-f4-tiny", out: 
     beyond = recipe.loss.replace(**(loss or {}))
     if config.kind == "identity":
         raise ValueError("model: got the identity stage, which has nothing to train; use make_first_stage(config) as it is")
-    if beyond.disc_weight > 0 and tuple(options.betas) not in (GAME_BETAS, TrainConfig.betas):
-        raise ValueError(f"betas: got {options.betas} for a training against a critic, expected {GAME_BETAS}, which both get, or the default")
-    size = check_pictures(data, validation, (), config.downsample_factor, config.in_channels)[1]
+    height, size = check_pictures(data, validation, (), config.downsample_factor, config.in_channels)
+    check_game(beyond, options, (height, size))
     with kept_globals():
         torch.manual_seed(options.seed)
         task = _stage_task(make_first_stage(config), size, describe_data(data), beyond, perceptual)
     result = train(task, data, options, out, validation=validation, resume=resume, progress=progress, callbacks=callbacks)
     task.model.load_state_dict(result.ema.state_dict())
     return _finished(task.stage, out)
+
+
+def check_game(loss: AdversarialConfig, options: TrainConfig, size: tuple[int, int]) -> None:
+    """Raise ValueError for what a training against a critic cannot do: at its beginning, for the critic may begin hours later."""
+    if loss.disc_weight == 0:
+        return
+    if tuple(options.betas) not in (GAME_BETAS, TrainConfig.betas):
+        raise ValueError(f"betas: got {options.betas} for a training against a critic, expected {GAME_BETAS}, which both get, or the default")
+    if min(size) < loss.shortest:
+        raise ValueError(f"data: got pictures of {size[0]} x {size[1]} pixels, expected at least {loss.shortest} on a side for a critic of {loss.disc_layers} layers (disc_layers)")
+    if options.compile and loss.r1_weight > 0:
+        raise ValueError(f"compile: got True with r1_weight {loss.r1_weight}, expected False: a penalty on gradients goes back twice, which compiled networks cannot")
 
 
 def _finished(stage: nn.Module, out: str | Path) -> nn.Module:

@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch._functorch.config
 import training_toy as toy
 from torch.testing import assert_close
 
@@ -320,6 +322,36 @@ def test_a_stage_against_a_critic_trains_logs_resumes_and_is_alone_in_the_end(tm
 def test_a_critic_works_on_one_picture_a_step(tmp_path):
     log = toy.train_stage(tmp_path, 8, GAN, batch_size=1)
     assert all(np.isfinite(column(log, name)).all() for name in ("loss", "loss_discriminator", "gan_weight"))
+
+
+@pytest.mark.parametrize(("size", "options", "loss", "message"), [
+    (16, {}, {"disc_layers": 3}, "got pictures of 16 x 16 pixels, expected at least 24 on a side for a critic of 3 layers"),
+    (16, {"compile": True}, {"r1_weight": 1.0}, "compile: got True with r1_weight 1.0, expected False"),
+    (16, {"betas": (0.9, 0.9)}, {}, r"betas: got \(0.9, 0.9\) for a training against a critic"),
+])
+def test_what_a_critic_cannot_do_is_said_before_its_first_step(tmp_path, size, options, loss, message):
+    """The critic begins later, after hours: at step 50,001 in the original's configurations."""
+    recipe = FirstStageRecipe(STAGE, QUICK.replace(**options), AdversarialConfig(**{**GAN, "disc_start": 50_001, "perceptual_weight": 0.0, **loss}))
+    with pytest.raises(ValueError, match=message):
+        train_autoencoder(Scenes(size, n=8, fields=("image",)), recipe, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+    assert AdversarialConfig(disc_layers=1).shortest == 6
+    PatchDiscriminator(AdversarialConfig(disc_layers=1, disc_channels=8))(torch.zeros(1, 3, 6, 6))
+
+
+def test_a_compiled_stage_plays_the_game_of_the_plain_one(tmp_path, monkeypatch):
+    """The weight's gradients go back through the network before the step's own does, with what the compiler kept for one way back."""
+    game, runs = AdversarialConfig(perceptual_weight=0.0, disc_start=1, disc_layers=1, disc_channels=8), {}
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        seen = runs[compiled] = []
+        train_autoencoder(Scenes(16, n=32, fields=("image",)), FirstStageRecipe(STAGE, QUICK.replace(compile=compiled), game), tmp_path / str(compiled), progress=False,
+                          callbacks=[lambda report, seen=seen: seen.append((report.loss, float(report.logs.get("gan_weight", 0))))])
+    torch._dynamo.reset()
+    assert [weight > 0 for _, weight in runs[True]] == [False, True, True]
+    assert np.allclose(runs[True], runs[False], rtol=1e-4)
 
 
 def test_without_weights_nothing_but_pixels_is_trained(tmp_path):
