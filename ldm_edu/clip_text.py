@@ -22,7 +22,7 @@ from einops import rearrange
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from .core import Config, check_choice, check_shape
+from .core import Config, can_look, check_choice, check_shape
 
 # %% ../nbs/96c_clip_text.ipynb #e318ecd5
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}  # OpenAI's CLIP has the first, OpenCLIP the second
@@ -84,12 +84,12 @@ class ClipLayer(nn.Module):
 
 # %% ../nbs/96c_clip_text.ipynb #6c03e14a
 def check_ids(ids: Tensor, config: ClipTextConfig) -> Tensor:
-    """`ids` (b, n) if there is a place for each and, where they lie on the CPU, a row of the table (looking elsewhere would stall the device).
+    """`ids` (b, n) if there is a place for each and, where they can be looked at, a row of the table.
 
     Raises ValueError.
     """
     n = check_shape("ids", ids, "b n").shape[1]
-    low, high = map(int, ids.aminmax()) if ids.device.type == "cpu" and ids.numel() else (0, 0)
+    low, high = map(int, ids.aminmax()) if can_look(ids) and ids.numel() else (0, 0)
     if n > config.max_length or not 0 <= low <= high < config.vocabulary:
         raise ValueError(f"ids: got {n} tokens from {low} to {high}, expected at most {config.max_length} below {config.vocabulary}")
     return ids

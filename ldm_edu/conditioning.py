@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 
 from .attention import CrossAttention, FeedForward
-from .core import Config, check_choice, check_shape
+from .core import Config, can_look, check_choice, check_shape
 
 # %% ../nbs/16_text.ipynb #362eae41
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")  # padding, unknown piece, start, end: rows 0 to 3 of every vocabulary
@@ -442,7 +442,7 @@ class ClassConditioner(Conditioner):
 
     def forward(self, batch: Mapping) -> Condition:
         labels = check_shape("label", torch.as_tensor(read_key(self, batch, "label")), "b")
-        if labels.device.type == "cpu" and labels.numel() and not 0 <= labels.min() <= labels.max() < self.config.n_classes:
+        if can_look(labels) and labels.numel() and not 0 <= labels.min() <= labels.max() < self.config.n_classes:
             raise ValueError(f"label: got {labels.min()} to {labels.max()}, expected 0 to {self.config.n_classes - 1}")
         return self._tokens(labels.to(self.device))
 
@@ -555,8 +555,8 @@ def _check_prompt(conditioner: TextConditioner, prompt) -> None:
 
 # %% ../nbs/16_text.ipynb #ef6b4bd9
 def _trim(ids: Tensor, most: int) -> Tensor:
-    """Cut columns that are padding in every row: on the CPU only (elsewhere looking would stall the device), and uncompiled (each length would be another network)."""
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    """Cut columns that are padding in every row, where they can be looked at (compiled, each length would be another network)."""
+    if can_look(ids):
         used = (ids != PAD).any(0).nonzero()
         ids = ids[:, : int(used.max()) + 1 if len(used) else 1]
     if ids.shape[1] > most:

@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .conditioning import CONDITIONERS, Condition, Conditioner, EncoderLayer, check_one_size, check_prompts, make_conditioner, read_key
-from .core import Config, check_choice, check_shape
+from .core import Config, can_look, check_choice, check_shape
 
 # %% ../nbs/17_layout_semantic.ipynb #7ce428fc
 def grid_lines(coordinates: Tensor, grid: int) -> Tensor:
@@ -105,11 +105,11 @@ class LayoutEncoder(nn.Module):
 
 # %% ../nbs/17_layout_semantic.ipynb #efeedbbe
 def _check_boxes(config: LayoutConfig, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """A batch's boxes and labels, without columns that are padding in every row; looks at values on the CPU only."""
+    """A batch's boxes and labels, without columns that are padding in every row; looks at values where it can."""
     check_shape("boxes", boxes, "b n 4"), check_shape("box_labels", labels, "b n", b=len(boxes), n=boxes.shape[1])
     if labels.is_floating_point() or not boxes.is_floating_point():
         raise ValueError(f"boxes, box_labels: got {boxes.dtype} and {labels.dtype}, expected floats and integers")
-    if labels.device.type == "cpu" and labels.numel():
+    if can_look(labels) and labels.numel():
         if labels.max() >= len(config.label_names):
             raise ValueError(f"box_labels: got {labels.max()}, expected -1 (no box) to {len(config.label_names) - 1}")
         real = labels >= 0
@@ -262,13 +262,13 @@ CONDITIONERS["semantic"] = SemanticConditioner
 
 # %% ../nbs/17_layout_semantic.ipynb #8f123c49
 def _check_maps(config: SemanticConfig, values: Tensor, name: str) -> Tensor:
-    """Maps (..., h, w) of known classes whose sides f divides, else ValueError with the first fault's place (on the CPU only)."""
+    """Maps (..., h, w) of known classes whose sides f divides, else ValueError with the first fault's place (where it can look)."""
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise ValueError(f"{name}: got {values.dtype}, expected whole numbers: the class of every pixel")
     (h, w), f = values.shape[-2:], config.downsample_factor
     if not h or not w or h % f or w % f:
         raise ValueError(f"{name}: got {h}x{w} pixels, expected multiples of f = {f}")
-    wrong = ((values < 0) | (values >= config.n_classes)).nonzero() if values.device.type == "cpu" else ()
+    wrong = ((values < 0) | (values >= config.n_classes)).nonzero() if can_look(values) else ()
     if len(wrong):
         row, column = wrong[0].tolist()[-2:]
         raise ValueError(f"{name}: got class {values[tuple(wrong[0])]} at row {row}, column {column}, expected 0 to {config.n_classes - 1}")
@@ -322,8 +322,8 @@ class JointConfig(Config):
 
 
 def _silent(drop: Tensor | None) -> bool:
-    """Whether a part says nothing in any row (looks on the CPU only)."""
-    return drop is not None and drop.device.type == "cpu" and bool(drop.all())
+    """Whether a part says nothing in any row (as far as can be seen)."""
+    return drop is not None and can_look(drop) and bool(drop.all())
 
 
 def _speak(part: Conditioner, batch: Mapping, drop: Tensor | None) -> Condition:
