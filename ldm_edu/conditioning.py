@@ -203,7 +203,8 @@ class Condition:
             raise ValueError(f"context_mask: got {self.context_mask.dtype}, expected bool, True = a real token")
 
     def __len__(self) -> int:
-        return next((len(x) for _, x in self._parts()), 0)
+        parts = self._parts()
+        return len(parts[0][1]) if parts else 0
 
     def _parts(self) -> list[tuple[str, Tensor]]:
         return [(name, getattr(self, name)) for name in _PATTERNS if getattr(self, name) is not None]
@@ -333,7 +334,9 @@ class Conditioner(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next((p.device for p in self.parameters()), torch.device("cpu"))
+        for p in self.parameters():
+            return p.device
+        return torch.device("cpu")
 
 # %% ../nbs/16_text.ipynb #5359a548
 CONDITIONERS: dict[str, type[Conditioner]] = {}  # name -> class; put your own in before saving or loading a model with it
@@ -510,7 +513,7 @@ class TextConditioner(Conditioner):
 
     def null(self, n: int) -> Condition:
         one = self({"token_ids": torch.tensor([[CLS, SEP]])})
-        return Condition(**{name: x.expand(n, *x.shape[1:]) for name, x in vars(one).items() if x is not None})
+        return Condition(**{name: x.expand(n, *x.shape[1:]) for name, x in one._parts()})
 
     def tensors(self, batch: Mapping) -> dict[str, Tensor]:
         """Captions as `token_ids` (b, max_length) int32. Unknown words become pieces or [UNK]; "" is the null caption."""

@@ -199,7 +199,10 @@ class FrozenTextConditioner(Conditioner):
     @torch.no_grad()
     def encode(self, ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (b, n, width) and the last real token's (b, width) of token numbers (b, n); `real` (b, n) bool, True = no padding."""
-        tokens = self._encoder[0].to(ids.device)(ids).to(self.anchor.dtype)  # a module moves only where it is not there yet
+        encoder = self._encoder[0]
+        if encoder.final_layer_norm.weight.device != ids.device:
+            encoder.to(ids.device)
+        tokens = encoder(ids).to(self.anchor.dtype)
         return tokens, tokens[torch.arange(len(ids), device=ids.device), real.sum(1) - 1]
 
     def forward(self, batch: Mapping) -> Condition:
