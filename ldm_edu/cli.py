@@ -156,17 +156,11 @@ def in_order(data, config: LDMConfig):
 
 # %% ../nbs/93_cli.ipynb #075dd6db
 def opened(read, name: str | Path, *options):
-    """`read(name, ...)`, a model: what is wrong inside a folder is said with the folder's name, and a run that has not finished is called so."""
+    """`read(name, ...)`, a model; a run that has not finished is called so."""
     if (Path(name) / "run.json").is_file() and not (Path(name) / "model").exists() and not (Path(name) / "config.json").exists():
         raise ValueError(f"model: got {name}, a run that has not finished: the command that began it goes on with it, or, asked for no more "
                          "--steps than are done, makes a model of its last checkpoint")
-    folder = find_model(name)
-    try:
-        return read(name, *options)
-    except ValueError as err:
-        raise err if str(folder) in str(err) else ValueError(f"{folder}: {err}") from err
-    except (AttributeError, KeyError, TypeError) as err:
-        raise ValueError(f"{folder}: got a config.json that describes no model ({type(err).__name__}: {err}), expected it as it was written") from err
+    return read(name, *options)
 
 
 def tell_size(size: int | tuple[int, int]) -> str:
@@ -450,6 +444,9 @@ class Evaluate:
         said = [f"measured on pictures that training sees too: fewer than {FEWEST} are there"] * same
         if self.data.data == "scenes" and trained_elsewhere(model):
             said.append(f"measured on scenes, trained on other pictures: {model.card['data']}")
+        height, width = two_sides("size", self.data.size)
+        if self.samples and height != width:
+            said.append("FID and the like look at the centre square: {0} x {0} of {1} x {2} pixels".format(min(height, width), height, width))
         return {"notes": said} if said else {}
 
     def compare(self, model, training, validation) -> dict:
@@ -519,8 +516,8 @@ def trained_elsewhere(model) -> bool:
 
 def open_model(name: str | Path):
     """The latent diffusion model or first stage of a shipped name or a folder, whichever it is."""
-    kind = opened(lambda name: read_json(find_model(name) / "config.json").get("kind"), name)
-    return opened(load_first_stage, name) if kind == "first-stage" else opened(load, name, default_device())
+    said = opened(lambda name: read_json(find_model(name) / "config.json"), name)
+    return load_first_stage(name) if isinstance(said, dict) and said.get("kind") == "first-stage" else load(name, default_device())
 
 # %% ../nbs/93_cli.ipynb #7d90ab34
 @dataclass(frozen=True)
