@@ -201,7 +201,8 @@ class TransformerBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward, each after a LayerNorm and with a residual: (b, n, dim) -> same.
 
     The order is that of the released code; the paper's Table 16 prints the feed-forward before the cross-attention.
-    Without `context_dim` there is no cross-attention layer. With it, a context of k * b rows is answered by k * b rows:
+    Without `context_dim` there is no cross-attention layer, and a context is passed over: of a UNet's blocks, which are all given it,
+    not all need read it. With it, a context of k * b rows is answered by k * b rows:
     all pictures under its first b rows, then all of them under the next b, and so on.
     """
 
@@ -217,6 +218,8 @@ class TransformerBlock(nn.Module):
     def forward(self, tokens: Tensor, context: Tensor | None = None, context_mask: Tensor | None = None) -> Tensor:
         tokens = tokens + self.self_attention(self.norm_self(tokens))
         if self.cross_attention is not None:
+            if context is None:
+                raise ValueError(f"context: got None, expected tokens (b, m, {self.cross_attention.to_kv.in_features}), which this block was built to read")
             if len(context) > len(tokens):  # up to here several contexts can share one picture
                 tokens = repeat_rows(tokens, len(context))
             tokens = tokens + self.cross_attention(self.norm_cross(tokens), context, context_mask)

@@ -77,7 +77,8 @@ class LDMConfig(Config):
 # %% ../nbs/14_ldm.ipynb #6f1d8e23
 def like_weights(module: nn.Module, x: Tensor | None) -> Tensor | None:
     """`x` in the precision of the module's weights, where either is other than float32 (where these are float32, autocast may have made `x` a half)."""
-    dtype = next((p.dtype for p in module.parameters()), torch.float32)
+    dtypes = [p.dtype for p in module.parameters()]
+    dtype = dtypes[0] if dtypes else torch.float32
     other = dtype in (torch.float64, torch.bfloat16, torch.float16)
     return x.to(dtype) if x is not None and (other or x.dtype == torch.float64) else x
 
@@ -437,26 +438,39 @@ def with_encoder(values: Mapping, folder: Path) -> dict:
     found = {"conditioner": {**reader, "config": {**reader["config"], "model": str(folder / place)}}} if place.startswith("./") else {}
     return {**values, **found}
 
+# %% ../nbs/14_ldm.ipynb #708be8e1
+@contextlib.contextmanager
+def _naming(file: Path):
+    """Whatever is refused while a model is built from what `file` says is refused in its name."""
+    try:
+        yield
+    except ValueError as err:
+        raise ValueError(f"{file}: {err}") from err
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as err:
+        raise ValueError(f"{file}: got values that make no model ({type(err).__name__}: {err}), expected them as `save` wrote them") from err
+
 
 def load(name: str | Path, device: str | torch.device = "cpu") -> LatentDiffusion:
     """Load a latent diffusion model, shipped (by name) or your own (by folder), ready to `sample`.
 
-    Raises ValueError for an unknown name, a wrong kind of folder, or weights that do not fit.
+    Raises ValueError for an unknown name, a wrong kind of folder, a damaged file (by its name), or weights that do not fit.
     """
     folder, values, card = _read(name, "latent-diffusion")
     shared, beside = values.pop("shared_first_stage", None), {}
-    if shared:
-        beside = {f"first_stage.{key}": value for key, value in shared_first_stage(*shared).items()}
-    model = build(LDMConfig.from_dict(with_encoder(values, folder))).float()  # whatever torch's default is
+    with _naming(folder / "config.json"):
+        if shared:
+            beside = {f"first_stage.{key}": value for key, value in shared_first_stage(*shared).items()}
+        model = build(LDMConfig.from_dict(with_encoder(values, folder))).float()  # whatever torch's default is
     load_state(model, folder / "model.safetensors", beside)
     model.card = card
     return model.to(device).eval()
 
 
 def load_first_stage(name: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """Load a first stage (KL, VQ or identity), shipped (by name) or your own (by folder)."""
+    """Load a first stage (KL, VQ or identity), shipped (by name) or your own (by folder). Raises ValueError as `load` does."""
     folder, values, card = _read(name, "first-stage")
-    model = make_first_stage(AutoencoderConfig.from_dict(values)).float()
+    with _naming(folder / "config.json"):
+        model = make_first_stage(AutoencoderConfig.from_dict(values)).float()
     load_state(model, folder / "model.safetensors")
     model.card = card
     return model.to(device).eval()

@@ -209,6 +209,27 @@ def test_transformer_block_is_self_then_cross_then_feed_forward():
     assert TransformerBlock(8, heads=2).cross_attention is None
 
 
+def test_a_block_asks_for_the_context_that_it_was_built_for():
+    """And passes over one that it was not built for: a UNet gives its context to all blocks, of which `cross_levels` may let some read it."""
+    torch.manual_seed(0)
+    x, tokens, context = torch.randn(2, 8, 2, 2), torch.randn(2, 4, 8), torch.randn(2, 3, 6)
+    for layer, given in ((TransformerBlock(8, 6, heads=2), tokens), (SpatialTransformer(8, 6, heads=2, num_groups=2), x)):
+        with pytest.raises(ValueError, match=r"context: got None, expected tokens \(b, m, 6\)"):
+            layer(given)
+    deaf = TransformerBlock(8, heads=2)
+    assert torch.equal(deaf(tokens, context), deaf(tokens))
+
+
+def test_the_question_for_a_context_breaks_no_graph():
+    torch.manual_seed(0)
+    block, tokens, context = TransformerBlock(8, 6, heads=2), torch.randn(2, 4, 8), torch.randn(2, 3, 6)
+    try:
+        whole = torch.compile(block, backend="eager", fullgraph=True)  # raises where the graph would break
+        torch.testing.assert_close(whole(tokens, context), block(tokens, context))
+    finally:
+        torch._dynamo.reset()
+
+
 def test_several_contexts_share_a_picture_until_they_are_read():
     torch.manual_seed(0)
     layer, x, context = SpatialTransformer(8, 6, heads=2, depth=2, num_groups=2), torch.randn(2, 8, 3, 4), torch.randn(6, 3, 6)

@@ -17,13 +17,16 @@ import torch
 from PIL import Image
 
 from ldm_edu import cli, recipes
+from ldm_edu.autoencoder import AutoencoderConfig
 from ldm_edu.captions import parse_caption
+from ldm_edu.conditioning import ClassConditioner, ClassConfig
 from ldm_edu.data import Scenes
 from ldm_edu.folders import Part
-from ldm_edu.ldm import load, load_first_stage, save
+from ldm_edu.ldm import LDMConfig, build, load, load_first_stage, save
 from ldm_edu.perceptual import load_perceptual
 from ldm_edu.schedule import ScheduleConfig
-from ldm_edu.unet import UNETS
+from ldm_edu.unet import UNETS, UNetConfig
+from ldm_edu.viz import to_pil
 
 TINY = ["--model.model-channels", "8", "--model.num-groups", "4", "--batch-size", "4", "--size", "16"]
 
@@ -232,6 +235,62 @@ def test_evaluate_prints_and_writes(runs, capsys):
     assert cli.main(["evaluate", "--model", str(runs / "ae"), *few]) == 0
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A folder with an untrained class model of 16 x 24 pixels, and 90 photographs, of which 9 are kept aside, of 30 x 60."""
+    folder = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(0)
+    reads = ClassConditioner(ClassConfig(6, Scenes.class_names, width=8))
+    stage = AutoencoderConfig(4, 8, (1, 2, 2), 1, mid_attention=False, num_groups=4)
+    unet = UNetConfig(4, 4, 8, (1, 2), 1, (1,), head_dim=8, num_groups=4, context_dim=reads.context_dim)
+    save(build(LDMConfig(stage, unet, reads.to_dict(), ScheduleConfig(T=100), image_size=(16, 24))), folder / "model")
+    batch = Scenes((32, 64), n=90, objects=(1, 1), fields=("image", "label")).render(range(90))
+    for i, (image, label) in enumerate(zip(batch["image"], batch["label"].tolist())):
+        (folder / "photos" / Scenes.class_names[label]).mkdir(parents=True, exist_ok=True)
+        to_pil(image[:, 1:-1, 2:-2]).save(folder / "photos" / Scenes.class_names[label] / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("pictures", ["scenes", "photos"])
+def test_a_model_of_pictures_that_are_not_square_is_measured_at_its_own_height_and_width(wide, tmp_path, monkeypatch, capsys, pictures):
+    shapes, evaluate = [], cli.evaluate_samples
+    look = lambda evaluator, images, reference, training, *more: (
+        shapes.extend([images.shape[1:], reference[0]["image"].shape, training[0]["image"].shape]), evaluate(evaluator, images, reference, training, *more))[1]
+    monkeypatch.setattr(cli, "evaluate_samples", look)
+    few = ["--samples", "8", "--references", "16", "--training", "16", "--prompts", "4", "--steps", "1", "--cache", str(tmp_path / "cache")]
+    args = ["evaluate", "--model", str(wide / "model"), "--data", "scenes" if pictures == "scenes" else str(wide / "photos"), *few]
+    for wrong in ([], ["--size", "24", "16"], ["--size", "16"]):
+        assert cli.main([*args, *wrong]) == 2
+        assert f"got data of {' '.join(wrong[1:]) or 32} pixels for a model that draws 16 24: pass --size 16 24" in capsys.readouterr().err
+    assert not shapes and cli.main([*args, "--size", "16", "24"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert shapes == [(3, 16, 24)] * 3 and results["distribution"]["features"]["source"] == "16x24" and results["reconstruction"]["psnr"] > 0
+    assert results["notes"] == ["FID and the like look at the centre square: 16 x 16 of 16 x 24 pixels"]
+
+
+@pytest.mark.parametrize("pictures", ["scenes", "photos"])
+def test_doctor_examines_a_model_at_its_own_height_and_width(wide, monkeypatch, capsys, pictures):
+    shapes, examine = [], cli.examine
+    look = lambda model, data, **options: (shapes.append(data[0]["image"].shape), examine(model, data, **options))[1]
+    monkeypatch.setattr(cli, "examine", look)
+    data = "scenes" if pictures == "scenes" else str(wide / "photos")
+    assert cli.main(["doctor", "--model", str(wide / "model"), "--data", data, "--items", "64", "--cases", "64", "--json"]) == 1
+    found = {f["name"]: f for f in json.loads(capsys.readouterr().out)["findings"]}
+    assert shapes == [(3, 16, 24)] and found["samples"]["measured"].startswith("32 of 32 stranger") and found["loss"]["verdict"] == "sick"
+
+
+def test_both_stages_are_trained_on_pictures_that_are_not_square(tmp_path, capsys):
+    size = ["--batch-size", "4", "--items", "32", "--steps", "2", "--size", "24", "16"]
+    assert cli.main(["train-autoencoder", *TINY[:4], *size, "--out", str(tmp_path / "ae")]) == 0
+    second = ["train", "--recipe", "class-tiny", "--first-stage", str(tmp_path / "ae"), *size, "--out", str(tmp_path / "run")]
+    assert cli.main(second) == 0 and cli.main(["doctor", "--model", str(tmp_path / "run"), "--items", "64", "--cases", "64"]) == 1
+    assert load(tmp_path / "run").config.image_size == (24, 16) and load(tmp_path / "run").sample(n=1, steps=1).shape == (1, 3, 24, 16)
+    capsys.readouterr()
+    assert cli.main([*second, "--dry-run"]) == 2 and "size: got 24 16, expected one side: --dry-run says what squares need" in capsys.readouterr().err
+    assert cli.main([*second[:-3], "20", "--out", str(tmp_path / "other")]) == 2
+    assert "size: got 24 20, expected a multiple of 8 (the first stage divides by 4, the UNet by 2)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("args, message", [
     (["sample", "", "--model", "TEXT"], "empty"),
     (["sample", "a red zebra", "--model", "TEXT"], "zebra"),
@@ -371,17 +430,21 @@ def test_a_damaged_file_of_weights_is_a_sentence(runs, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"unet": []}, "got a config.json that describes no model|UNetConfig"), ({"unet": None}, "describes no model|expected a mapping"),
-    ({"schedule": 7}, ""), ({"scale_factor": "x"}, ""), ({"conditioner": {"name": "text"}}, ""),
+    ({"unet": []}, "make no model"), ({"unet": None}, "make no model"), ({"schedule": 7}, "make no model"),
+    ({"scale_factor": "x"}, "make no model"), ({"conditioner": {"name": "text"}}, "needs its tokenizer"), ({"prediction": "w"}, "prediction: got 'w'"),
 ])
-def test_a_damaged_config_is_named(runs, tmp_path, capsys, change, message):
+def test_a_damaged_config_is_named_once(runs, tmp_path, capsys, change, message):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((runs / "text" / "model" / name).read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(json.loads((tmp_path / "config.json").read_text()) | change))
     for command in ("sample", "evaluate"):
         assert cli.main([command, "--model", str(tmp_path), "--out", str(tmp_path / command / "x.json")]) == 2
         told = capsys.readouterr().err
-        assert re.match(f"ldm-edu: {re.escape(str(tmp_path))}: .*({message})", told), told
+        assert re.match(f"ldm-edu: {re.escape(str(tmp_path / 'config.json'))}: .*({message})", told), told
+        assert told.count(str(tmp_path)) == 1
+    (tmp_path / "config.json").write_text("[1]")
+    assert cli.main(["evaluate", "--model", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"ldm-edu: {tmp_path}: got a folder of kind None, expected 'latent-diffusion'\n"
 
 
 def test_a_run_without_a_model_is_called_unfinished(runs, tmp_path, capsys):

@@ -397,6 +397,42 @@ def test_weights_that_do_not_fit_are_listed(tmp_path):
         L.load(folder)
 
 
+@pytest.mark.parametrize("load, damage, message", [
+    (L.load, lambda text: text[:200], "not valid JSON"), (L.load_first_stage, lambda text: text[:50], "not valid JSON"),
+    (L.load, {"steps": 1}, "LDMConfig: got unknown steps"), (L.load_first_stage, {"steps": 1}, "AutoencoderConfig: got unknown steps"),
+    (L.load, {"scale_factor": "1"}, "make no model .TypeError"), (L.load_first_stage, {"ch_mult": 3}, "make no model .TypeError"),
+    (L.load, {"unet": None}, "make no model .AttributeError"), (L.load, {"prediction": "w"}, "prediction: got 'w'"),
+    (L.load, {"conditioner": {"name": "class", "config": {"n_classes": 3, "width": -1}}}, "make no model .RuntimeError"),
+    (L.load, {"conditioner": {"name": "class", "config": {}}}, "make no model .TypeError.*missing.*n_classes"),
+    (L.load, {"conditioner": {"name": "text"}}, "needs its tokenizer"), (L.load, {"shared_first_stage": ["nowhere", "1"]}, "got 'nowhere'"),
+    (L.load_first_stage, {"z_channels": 0}, "z_channels=0"), (L.load_first_stage, {"num_groups": 3}, "num_groups: got 3, expected a divisor"),
+])
+def test_a_damaged_config_is_named(tmp_path, load, damage, message):
+    """By whoever opens it: from Python as from the command line, and once."""
+    model = tiny()
+    file = L.save(model if load is L.load else model.first_stage, tmp_path / "m") / "config.json"
+    text = file.read_text()
+    file.write_text(damage(text) if callable(damage) else json.dumps(json.loads(text) | damage))
+    with pytest.raises(ValueError, match=message) as err:
+        load(file.parent)
+    assert str(err.value).startswith(f"{file}: ") and str(err.value).count(str(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("load, missing, where", [
+    (L.load, "kind", ""), (L.load, "conditioner", "model.safetensors"), (L.load, "unet", "model.safetensors"), (L.load_first_stage, "kind", ""),
+    (L.load_first_stage, "z_channels", "model.safetensors"),
+])
+def test_a_config_without_one_of_its_keys_is_named_with_its_folder(tmp_path, load, missing, where):
+    """What a config leaves out has its default: where that is another network, the weights do not fit it."""
+    model = tiny()
+    folder = L.save(model if load is L.load else model.first_stage, tmp_path / "m")
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in said.items() if key != missing}))
+    with pytest.raises(ValueError, match="expected '(latent-diffusion|first-stage)'|does not fit this model") as err:
+        load(folder)
+    assert str(err.value).startswith(f"{folder / where}: ")
+
+
 def test_public_names_and_unknown_ones():
     assert ldm_edu.Scenes is Scenes and "load" in dir(ldm_edu)
     with pytest.raises(AttributeError, match="public names"):
