@@ -34,7 +34,7 @@ from .conditioning import make_conditioner
 from .contenders import Setting, check_job, settings_of
 from .convert import convert_model, inspect_model
 from .core import check_choice, default_device, read_json, spread_rows, write_json, write_text
-from .costs import latent_bytes, matrix_rate, recipe_costs
+from .costs import first_stage_costs, latent_bytes, matrix_rate, recipe_costs, stage_task
 from .data import FIELDS, Scenes, collate, make_prompts
 from .demo import Demo
 from .doctor import examine
@@ -49,9 +49,9 @@ from .losses import AdversarialConfig
 from .metrics import bootstrap, lpips, psnr, ssim
 from .perceptual import PERCEPTUAL_CONFIG, PerceptualTraining, load_perceptual, measure_perceptual, save_perceptual, train_perceptual
 from .placement import grade_classes, grade_fills, grade_layouts, grade_maps
-from .processes import is_first, launched, leave_together
+from .processes import is_first, launched, leave_together, sharding_units
 from .reading import reading_labels
-from .recipes import (DIFFUSIONS, FIRST_STAGES, PIXELS_ONLY, PUBLISHED_STAGES, DiffusionRecipe, all_captions, code_version, conditioner_keys,
+from .recipes import (DIFFUSIONS, FIRST_STAGES, PIXELS_ONLY, PUBLISHED_STAGES, DiffusionRecipe, FirstStageRecipe, all_captions, code_version, conditioner_keys,
                              data_names, describe_data, machine, train_autoencoder, train_diffusion, write_picture)
 from .runs import TrainingInterrupted
 from .scaling import for_sampling, fsdp_traffic, largest_unit, ring_bytes, share_out
@@ -186,15 +186,50 @@ class TrainAutoencoder:
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     loss: AdversarialConfig = field(default_factory=lambda: PIXELS_ONLY)
+    dry_run: bool = False  # say what the run will need on this machine, and train nothing
+    processes: int = 1  # with --dry-run: how many devices like this one will share the work
 
-    def run(self) -> int:
-        """Train, then say where the model is and how well it reconstructs."""
+    def asked(self) -> FirstStageRecipe:
+        """The recipe with these options. Raises ValueError for what is known to be wrong before pictures are looked at."""
         if min(self.model.ch_mult) < 1:
             raise ValueError(f"model.ch_mult: got {' '.join(map(str, self.model.ch_mult))}, expected a width of at least 1 for each level")
         check_size(self.data.size, self.model.downsample_factor)
+        if self.train.sharding == "full" and (self.model.kind == "vq" or self.loss.perceptual_weight or self.loss.disc_weight):
+            raise ValueError("sharding: got 'full' for a first stage with a codebook or losses beyond pixels, expected 'none': it is not shared out")
+        return FIRST_STAGES[self.recipe].replace(model=self.model, train=self.train, loss=self.loss)
+
+    def plan(self) -> str:
+        """Parameters, memory, time and data of the run, predicted."""
+        device, train = default_device(), self.train.replace(precision=choose_precision(self.train.precision))
+        recipe = self.asked().replace(train=train)
+        with tempfile.TemporaryDirectory() as folder:
+            data, validation = self.data.open(Path(folder))
+        rate = matrix_rate(device, torch.float32 if train.precision == "fp32" else torch.bfloat16)
+        costs = first_stage_costs(recipe, self.data.size, rate, "cuda" if device.type == "cuda" else "cpu")
+        kept = "a process on CPUs may grow to twice that, for it keeps freed memory\n" if device.type == "cpu" else ""
+        return (f"{self.recipe} on pictures of {self.data.size} pixels\n{costs.tell()}\n{kept}{self.plan_many(costs, recipe)}"
+                f"this machine multiplies {rate / 1e12:.3g} T operations a second in {train.precision}: {machine()}\n"
+                f"data: {self.data.data}, {len(data):,} pictures, each seen {train.steps * train.batch_size / len(data):,.3g} times, "
+                f"and {len(validation) * (validation is not data):,} kept aside")
+
+    def plan_many(self, costs, recipe: FirstStageRecipe) -> str:
+        """What each of several devices will need, in a line; nothing for one."""
+        if (n := self.processes) < 1:
+            raise ValueError(f"processes: got {n}, expected at least 1")
+        unit = max(sum(p.numel() for p in unit.parameters()) for unit in sharding_units(stage_task(recipe, self.data.size).model))
+        one = share_out(costs, n, self.train.sharding, unit)
+        sent = (fsdp_traffic if self.train.sharding == "full" else ring_bytes)(4 * costs.parameters, n)
+        return "" if n == 1 else (f"on {n} such devices, sharding {self.train.sharding}: {one.memory / 2**30:,.1f} GiB each; {one.step_seconds:.3g} {one.pace}, "
+                                  f"and the time in which each sends {sent / 1e9:,.1f} GB\n")
+
+    def run(self) -> int:
+        """Train, then say where the model is and how well it reconstructs."""
+        if self.dry_run:
+            print(self.plan())
+            return 0
+        recipe = self.asked()
         check_place(self.out)
         data, validation = self.data.open(self.out)
-        recipe = FIRST_STAGES[self.recipe].replace(model=self.model, train=self.train, loss=self.loss)
         model = train_autoencoder(data, recipe, self.out, validation=validation)
         if torch.distributed.is_initialized() and torch.distributed.get_rank():
             return 0

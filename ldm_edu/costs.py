@@ -142,6 +142,7 @@ class Costs:
     step_seconds: float
     steps: int
     batch_size: int
+    pace = "s a step"  # unit of step_seconds
 
     def counted(self) -> str:
         """What was counted, in words."""
@@ -152,7 +153,8 @@ class Costs:
         days = self.step_seconds * self.steps / 86400
         span = f"{days:,.1f} days" if days >= 1 else f"{24 * days:.1f} hours"
         return (f"{self.counted()}\n"
-                f"needs {self.memory / 2**30:,.1f} GiB at batch {self.batch_size}; {self.step_seconds:.3g} s a step, {span} for {self.steps:,} steps")
+                f"needs {self.memory / 2**30:,.1f} GiB at batch {self.batch_size}; "
+                f"{self.step_seconds:.3g} {self.pace}, {span} for {self.steps:,} steps")
 
 
 def _seconds(flops: float, parts: int, train: TrainConfig, rate: float, device: str) -> float:
@@ -222,7 +224,8 @@ def _blind_codebook():
     first = lambda self, z: z.new_zeros((len(z), *z.shape[2:]), dtype=torch.int64)
     look = lambda self, indices: rearrange(self.embedding(indices), "b h w z -> b z h w")
     counts = lambda indices, codes: torch.zeros(codes, dtype=torch.int64)
-    with mock.patch.multiple(VectorQuantizer, indices=first, lookup=look, learn=lambda *_: None), mock.patch("ldm_edu.quantize.code_histogram", counts):
+    blind = mock.patch.multiple(VectorQuantizer, indices=first, lookup=look, learn=lambda *_: None)
+    with blind, mock.patch("ldm_edu.quantize.code_histogram", counts):
         yield
 
 
@@ -253,18 +256,20 @@ def part_kept(task: FirstStageTask, part: str, rows: int, step: int) -> int:
 # %% ../nbs/91b_costs.ipynb #d739d86b
 @dataclass(frozen=True)
 class StageCosts(Costs):
-    """What a first stage's training will need: `parameters` of both players, `flops` and `memory` of the heaviest step, `step_seconds` of the mean one."""
+    """What a first stage's training will need: `parameters` of both players, the heaviest step's `flops` and `memory`, the mean `step_seconds`."""
 
     critic: int  # parameters of the discriminator; 0 without one
     perceptual: int  # parameters of the frozen network; 0 without one
     first_flops: int  # of the run's first steps
     full_from: int  # the step from which on `flops` are needed
+    pace = "s a step on average"
 
     def counted(self) -> str:
         """What was counted, in words."""
-        beside = f", {self.critic:,} in its critic" * (self.critic > 0) + f", {self.perceptual:,} in the perceptual network" * (self.perceptual > 0)
-        before = f", {self.first_flops / 1e12:,.2f} in the first ones, {self.flops / 1e12:,.2f} from step {self.full_from:,} on" if self.full_from else f", {self.flops / 1e12:,.2f}"
-        return f"{self.parameters - self.critic:,} parameters in the first stage{beside}; T operations a step{before}"
+        others = {"its critic": self.critic, "the perceptual network": self.perceptual}
+        beside = "".join(f", {n:,} in {name}" for name, n in others.items() if n)
+        later = f" from step {self.full_from:,} on, {self.first_flops / 1e12:,.2f} at first" if self.full_from else ""
+        return f"{self.parameters - self.critic:,} parameters in the first stage{beside}; {self.flops / 1e12:,.2f} T operations a step{later}"
 
 
 def _spans(recipe: FirstStageRecipe) -> list[tuple[int, int]]:
@@ -277,7 +282,7 @@ def _spans(recipe: FirstStageRecipe) -> list[tuple[int, int]]:
 def first_stage_costs(recipe: FirstStageRecipe, size: int, rate: float, device: str = "cuda", perceptual: nn.Module | None = None) -> StageCosts:
     """What a first stage's training will need on square pictures of `size` pixels, critic and perceptual network included; see `predict_training`.
 
-    perceptual: the shipped network by default. Raises ValueError for the identity stage, and for what networks refuse: sizes, a batch of 1 under batch norm.
+    perceptual: the shipped network by default. Raises ValueError for the identity stage, and for sizes and batches that the networks refuse.
     """
     train, make = recipe.train, functools.partial(stage_task, recipe, size, perceptual)
     rows, spans, task = -(-train.batch_size // train.accumulation), _spans(recipe), make()
@@ -289,6 +294,5 @@ def first_stage_costs(recipe: FirstStageRecipe, size: int, rate: float, device: 
     moved = sum(p.numel() for g in task.parameter_groups() for p in g["params"] if g.get("part", task.parts[0]) in sum(parts.values(), []))
     still = STILL * moved + 8 * (count(task.model) - moved) + 4 * ruler  # what never moves has its weight and its average
     seconds = sum(n * _seconds(flops[first], len(parts[first]) * train.accumulation, train, rate, device) for first, n in spans) / train.steps
-    heavy = max(flops.values())
-    return StageCosts(count(task.model), heavy, round(still + kept * (1 if train.precision == "fp32" else KEPT_BY_AUTOCAST)), seconds, train.steps, train.batch_size,
-                      critic, ruler, flops[0], min(first for first in flops if flops[first] == heavy))
+    heavy, memory = max(flops.values()), round(still + kept * (1 if train.precision == "fp32" else KEPT_BY_AUTOCAST))
+    return StageCosts(count(task.model), heavy, memory, seconds, train.steps, train.batch_size, critic, ruler, flops[0], max(flops, key=flops.get))
