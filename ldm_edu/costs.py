@@ -241,9 +241,10 @@ def part_mean(task: FirstStageTask, part: str, rows: int, step: int) -> Tensor:
 
 def part_flops(task: FirstStageTask, part: str, rows: int, step: int) -> int:
     """Operations of `part_mean` and its way back."""
-    with FlopCounterMode(display=False) as counter:
-        counter.mod_tracker = contextlib.nullcontext()  # torch's own refuses a gradient in pixels (r1_weight)
-        counter.mod_tracker.parents = {"Global"}
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = contextlib.nullcontext()  # torch's own refuses a gradient in pixels (r1_weight)
+    counter.mod_tracker.parents = {"Global"}
+    with counter:
         part_mean(task, part, rows, step).backward()
     return counter.get_total_flops()
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from ldm_edu import cli, recipes
 from ldm_edu.captions import parse_caption

@@ -208,9 +208,10 @@ def real_part(model, loss, part, rows, size):
 @pytest.mark.parametrize("name", GAMES)
 def test_a_part_is_counted_as_a_real_step_does_it(name):
     model, loss, part = GAMES[name]
-    with FlopCounterMode(display=False) as counter:
-        counter.mod_tracker = contextlib.nullcontext()  # refuses r1's gradient in pixels
-        counter.mod_tracker.parents = {"Global"}
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = contextlib.nullcontext()  # torch's own refuses r1's gradient in pixels
+    counter.mod_tracker.parents = {"Global"}
+    with counter:
         real_part(model, loss, part, 3, 24)[0].backward()
     make = lambda: stage_task(FirstStageRecipe(model, loss=loss), 24)
     assert part_flops(make(), part, 3, 0) == counter.get_total_flops() > 0
