@@ -152,9 +152,9 @@ class Costs:
         """In two lines."""
         days = self.step_seconds * self.steps / 86400
         span = f"{days:,.1f} days" if days >= 1 else f"{24 * days:.1f} hours"
+        memory = f"{self.memory / 2**30:,.1f} GiB" if self.memory > 2**30 / 10 else f"{self.memory / 2**20:,.0f} MiB"
         return (f"{self.counted()}\n"
-                f"needs {self.memory / 2**30:,.1f} GiB at batch {self.batch_size}; "
-                f"{self.step_seconds:.3g} {self.pace}, {span} for {self.steps:,} steps")
+                f"needs {memory} at batch {self.batch_size}; {self.step_seconds:.3g} {self.pace}, {span} for {self.steps:,} steps")
 
 
 def _seconds(flops: float, parts: int, train: TrainConfig, rate: float, device: str) -> float:
