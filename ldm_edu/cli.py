@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FEWEST', 'PATIENTS', 'COMMANDS', 'DataOptions', 'with_relations', 'in_order', 'opened', 'tell_size', 'check_size',
-           'TrainAutoencoder', 'Train', 'Sample', 'Evaluate', 'Pack', 'Shard', 'trained_elsewhere', 'open_model',
-           'TrainFeatures', 'reconstruction', 'draw_like', 'placed', 'restored', 'graded', 'Bench', 'Convert', 'Doctor',
-           'TrainPerceptual', 'main']
+           'one_side', 'counted_as', 'rate_here', 'tell_many', 'tell_data', 'TrainAutoencoder', 'Train', 'Sample',
+           'Evaluate', 'Pack', 'Shard', 'trained_elsewhere', 'open_model', 'TrainFeatures', 'reconstruction',
+           'draw_like', 'placed', 'restored', 'graded', 'Bench', 'Convert', 'Doctor', 'TrainPerceptual', 'main']
 
 # %% ../nbs/93_cli.ipynb #efe48b3b
 """The `ldm-edu` command: dataclasses turned into options by tyro, each running one or two calls of the library."""
@@ -34,7 +34,7 @@ from .conditioning import make_conditioner
 from .contenders import Setting, check_job, settings_of
 from .convert import convert_model, inspect_model
 from .core import check_choice, default_device, read_json, spread_rows, write_json, write_text
-from .costs import latent_bytes, matrix_rate, recipe_costs
+from .costs import Costs, first_stage_costs, latent_bytes, matrix_rate, recipe_costs, stage_task
 from .data import FIELDS, Scenes, collate, make_prompts
 from .demo import Demo
 from .doctor import examine
@@ -49,9 +49,9 @@ from .losses import AdversarialConfig
 from .metrics import bootstrap, lpips, psnr, ssim
 from .perceptual import PERCEPTUAL_CONFIG, PerceptualTraining, load_perceptual, measure_perceptual, save_perceptual, train_perceptual
 from .placement import grade_classes, grade_fills, grade_layouts, grade_maps
-from .processes import is_first, launched, leave_together
+from .processes import is_first, launched, leave_together, sharding_units
 from .reading import reading_labels
-from .recipes import (DIFFUSIONS, FIRST_STAGES, PIXELS_ONLY, PUBLISHED_STAGES, DiffusionRecipe, all_captions, code_version, conditioner_keys,
+from .recipes import (DIFFUSIONS, FIRST_STAGES, PIXELS_ONLY, PUBLISHED_STAGES, DiffusionRecipe, FirstStageRecipe, all_captions, check_game, code_version, conditioner_keys,
                              data_names, describe_data, machine, train_autoencoder, train_diffusion, write_picture)
 from .runs import TrainingInterrupted
 from .scaling import for_sampling, fsdp_traffic, largest_unit, ring_bytes, share_out
@@ -175,6 +175,40 @@ def check_size(size: int | tuple[int, int], f: int, unet: int = 1) -> None:
         raise ValueError(f"size: got {tell_size(size)}, expected a multiple of {f * unet} ({by})")
 
 
+def one_side(size: int | tuple[int, int]) -> int:
+    """The side of square pictures. Raises ValueError for others, of which `--dry-run` says nothing."""
+    side, width = two_sides("size", size)
+    if side != width:
+        raise ValueError(f"size: got {tell_size(size)}, expected one side: --dry-run says what squares need (a training takes both)")
+    return side
+
+
+def counted_as(device: torch.device) -> str:
+    """The kind of machine whose constants `costs` takes for this device."""
+    return "cuda" if device.type == "cuda" else "cpu"
+
+
+def rate_here(train: TrainConfig) -> float:
+    """Operations a second that this machine's matrix product does in the precision of such a training."""
+    return matrix_rate(default_device(), torch.float32 if choose_precision(train.precision) == "fp32" else torch.bfloat16)
+
+
+def tell_many(costs: Costs, n: int, sharding: str, unit: int) -> str:
+    """What each of n devices will need, in a line; nothing for one. `unit`: parameters of the largest part that sharding gathers."""
+    if n < 1:
+        raise ValueError(f"processes: got {n}, expected at least 1")
+    one, sent = share_out(costs, n, sharding, unit), (fsdp_traffic if sharding == "full" else ring_bytes)(4 * costs.parameters, n)
+    return "" if n == 1 else (f"on {n} such devices, sharding {sharding}: {one.memory / 2**30:,.1f} GiB each; {one.step_seconds:.3g} {one.pace}, "
+                              f"and the time in which each sends {sent / 1e9:,.1f} GB\n")
+
+
+def tell_data(command, data, validation, rate: float) -> str:
+    """The machine that was asked and the pictures that a training command will see, in two lines."""
+    train, kept = command.train, len(validation) * (validation is not data)
+    return (f"this machine multiplies {rate / 1e12:.3g} T operations a second in {choose_precision(train.precision)}: {machine()}\n"
+            f"data: {command.data.data}, {len(data):,} pictures, each seen {train.steps * train.batch_size / len(data):,.3g} times, and {kept:,} kept aside")
+
+
 @dataclass(frozen=True)
 class TrainAutoencoder:
     """Train a first stage (the perceptual autoencoder) on pictures; an interrupted run goes on when started again."""
@@ -185,15 +219,39 @@ class TrainAutoencoder:
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     loss: AdversarialConfig = field(default_factory=lambda: PIXELS_ONLY)
+    dry_run: bool = False  # say what the run will need on this machine, and train nothing
+    processes: int = 1  # with --dry-run: how many devices like this one will share the work
 
-    def run(self) -> int:
-        """Train, then say where the model is and how well it reconstructs."""
+    def asked(self) -> FirstStageRecipe:
+        """The recipe with these options. Raises ValueError for what is known to be wrong before pictures are looked at."""
         if min(self.model.ch_mult) < 1:
             raise ValueError(f"model.ch_mult: got {' '.join(map(str, self.model.ch_mult))}, expected a width of at least 1 for each level")
         check_size(self.data.size, self.model.downsample_factor)
+        check_game(self.loss, self.train, two_sides("size", self.data.size))
+        if self.train.sharding == "full" and (self.model.kind == "vq" or self.loss.perceptual_weight or self.loss.disc_weight):
+            raise ValueError("sharding: got 'full' for a first stage with a codebook or losses beyond pixels, expected 'none': it is not shared out")
+        return FIRST_STAGES[self.recipe].replace(model=self.model, train=self.train, loss=self.loss)
+
+    def plan(self) -> str:
+        """Parameters, memory, time and data of the run, predicted."""
+        side, recipe = one_side(self.data.size), self.asked()
+        recipe, rate = recipe.replace(train=self.train.replace(precision=choose_precision(self.train.precision))), rate_here(self.train)
+        with tempfile.TemporaryDirectory() as folder:
+            data, validation = self.data.open(Path(folder))
+        costs, device = first_stage_costs(recipe, side, rate, counted_as(default_device())), default_device()
+        unit = max(sum(p.numel() for p in unit.parameters()) for unit in sharding_units(stage_task(recipe, side).model))
+        kept = "a process on CPUs may grow to twice that, for it keeps freed memory\n" if device.type == "cpu" else ""
+        return (f"{self.recipe} on pictures of {side} pixels\n{costs.tell()}\n{kept}{tell_many(costs, self.processes, self.train.sharding, unit)}"
+                f"{tell_data(self, data, validation, rate)}")
+
+    def run(self) -> int:
+        """Train, then say where the model is and how well it reconstructs."""
+        if self.dry_run:
+            print(self.plan())
+            return 0
+        recipe = self.asked()
         check_place(self.out)
         data, validation = self.data.open(self.out)
-        recipe = FIRST_STAGES[self.recipe].replace(model=self.model, train=self.train, loss=self.loss)
         model = train_autoencoder(data, recipe, self.out, validation=validation)
         if torch.distributed.is_initialized() and torch.distributed.get_rank():
             return 0
@@ -260,33 +318,19 @@ class Train:
 
     def plan(self) -> str:
         """Parameters, memory, time and data of the run, predicted; `first_stage` may be a name in AUTOENCODERS here."""
-        side, width = two_sides("size", self.data.size)
-        if side != width:
-            raise ValueError(f"size: got {tell_size(self.data.size)}, expected one side: --dry-run says what squares need (a training takes both)")
-        known = self.first_stage in AUTOENCODERS
+        side, known = one_side(self.data.size), self.first_stage in AUTOENCODERS
         stage = None if known else opened(load_first_stage, self.first_stage)
         shape, start = (AUTOENCODERS[self.first_stage], None) if known else (stage.config, self.start(stage))
         recipe = self.asked(shape, start)
         with tempfile.TemporaryDirectory() as folder:
             data, validation = self.pictures(recipe, start, folder)
-        device, train = default_device(), self.train.replace(precision=choose_precision(self.train.precision))
-        rate = matrix_rate(device, torch.float32 if train.precision == "fp32" else torch.bfloat16)
-        costs = recipe_costs(recipe.replace(train=train), shape, side, rate, "cuda" if device.type == "cuda" else "cpu")
+        train, rate = self.train.replace(precision=choose_precision(self.train.precision)), rate_here(self.train)
+        costs = recipe_costs(recipe.replace(train=train), shape, side, rate, counted_as(default_device()))
         size, n = latent_bytes(shape, side), len(data) + len(validation) * (validation is not data)
-        return (f"{self.recipe} on pictures of {side} pixels, first stage {self.first_stage}\n{costs.tell()}\n{self.plan_many(costs)}"
-                f"this machine multiplies {rate / 1e12:.3g} T operations a second in {train.precision}: {machine()}\n"
-                f"data: {self.data.data}, {len(data):,} pictures, each seen {train.steps * train.batch_size / len(data):,.3g} times, "
-                f"and {n - len(data):,} kept aside\n"
+        unit = largest_unit(UNETS[DIFFUSIONS[self.recipe].unet])
+        return (f"{self.recipe} on pictures of {side} pixels, first stage {self.first_stage}\n{costs.tell()}\n"
+                f"{tell_many(costs, self.processes, self.train.sharding, unit)}{tell_data(self, data, validation, rate)}\n"
                 f"latents take {size / 1024:,.0f} KiB a picture, {size * n / 2**20:,.1f} MiB for these, {size * 1e6 / 2**30:,.0f} GiB for a million")
-
-    def plan_many(self, costs) -> str:
-        """What each of several devices will need, in a line; nothing for one."""
-        if (n := self.processes) < 1:
-            raise ValueError(f"processes: got {n}, expected at least 1")
-        one = share_out(costs, n, self.train.sharding, largest_unit(UNETS[DIFFUSIONS[self.recipe].unet]))
-        sent = (fsdp_traffic if self.train.sharding == "full" else ring_bytes)(4 * costs.parameters, n)
-        return "" if n == 1 else (f"on {n} such devices, sharding {self.train.sharding}: {one.memory / 2**30:,.1f} GiB each; {one.step_seconds:.3g} s a step, "
-                                  f"and the time in which each sends {sent / 1e9:,.1f} GB\n")
 
     def run(self) -> int:
         """Train, then say where the model is."""

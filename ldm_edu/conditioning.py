@@ -203,8 +203,7 @@ class Condition:
             raise ValueError(f"context_mask: got {self.context_mask.dtype}, expected bool, True = a real token")
 
     def __len__(self) -> int:
-        parts = self._parts()
-        return len(parts[0][1]) if parts else 0
+        return len(self._parts()[0][1]) if self._parts() else 0
 
     def _parts(self) -> list[tuple[str, Tensor]]:
         return [(name, getattr(self, name)) for name in _PATTERNS if getattr(self, name) is not None]

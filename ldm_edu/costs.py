@@ -4,29 +4,37 @@
 
 # %% auto #0
 __all__ = ['STILL', 'KEPT_BY_AUTOCAST', 'SHARE', 'SHARE_CPU_HALF', 'LEAST_SECONDS', 'CONTEXT_TOKENS', 'meta_inputs',
-           'count_parameters', 'forward_flops', 'kept_bytes', 'matrix_rate', 'Costs', 'predict_training',
-           'recipe_costs', 'latent_bytes']
+           'count_parameters', 'forward_flops', 'saved_bytes', 'kept_bytes', 'matrix_rate', 'Costs', 'predict_training',
+           'recipe_costs', 'latent_bytes', 'stage_task', 'part_mean', 'part_flops', 'part_kept', 'StageCosts',
+           'first_stage_costs']
 
 # %% ../nbs/91b_costs.ipynb #7ed7d95c
-"""What a training will need, before it starts: operations, memory and time of a UNet, counted on the meta device.
+"""What a training will need, before it starts: operations, memory and time of a UNet or a first stage, counted on the meta device.
 
 Memory and time rest on constants that were measured and are named here with their source.
 """
+import contextlib
+import copy
 import functools
+import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .autoencoder import AutoencoderConfig
 from .core import check_choice
 from .layout import SemanticConfig
-from .recipes import DiffusionRecipe
+from .perceptual import load_perceptual
+from .quantize import VectorQuantizer, make_first_stage
+from .recipes import AdversarialTask, DiffusionRecipe, FirstStageRecipe, FirstStageTask
 from .superres import LowResConfig
 from .training import TrainConfig
 from .unet import UNETS, UNet, UNetConfig
@@ -72,13 +80,9 @@ class _FusedAttention(torch.autograd.Function):
         raise RuntimeError("this attention is for counting: it has no backward pass")
 
 
-@functools.lru_cache
-def kept_bytes(config: UNetConfig, side: int, tokens: int = 0) -> int:
-    """Bytes that one row's forward pass in float32 keeps for the backward pass, weights not counted."""
-    kept = {}
-    with torch.device("meta"):
-        net = UNet(config)
-    own = {p.untyped_storage()._cdata for p in net.parameters()}
+def saved_bytes(forward: Callable[[], object], weights: Iterable[Tensor]) -> int:
+    """Bytes that a forward pass on the meta device saves for its backward pass, each storage once and the weights not counted."""
+    kept, own = {}, {p.untyped_storage()._cdata for p in weights}
 
     def keep(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
@@ -88,8 +92,16 @@ def kept_bytes(config: UNetConfig, side: int, tokens: int = 0) -> int:
 
     fused = mock.patch.object(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask=None: _FusedAttention.apply(q, k, v))
     with fused, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        net(**meta_inputs(config, side, tokens))
+        forward()
     return sum(size for size, _ in kept.values())
+
+
+@functools.lru_cache
+def kept_bytes(config: UNetConfig, side: int, tokens: int = 0) -> int:
+    """Bytes that one row's forward pass in float32 keeps for the backward pass, weights not counted."""
+    with torch.device("meta"):
+        net = UNet(config)
+    return saved_bytes(lambda: net(**meta_inputs(config, side, tokens)), net.parameters())
 
 # %% ../nbs/91b_costs.ipynb #3506a88b
 STILL = 20  # bytes for a parameter: weight, gradient, two moments and average, in float32 each
@@ -130,13 +142,27 @@ class Costs:
     step_seconds: float
     steps: int
     batch_size: int
+    pace = "s a step"  # unit of step_seconds
+
+    def counted(self) -> str:
+        """What was counted, in words."""
+        return f"{self.parameters:,} parameters in the UNet; {self.flops / 1e12:,.2f} T operations a step"
 
     def tell(self) -> str:
         """In two lines."""
         days = self.step_seconds * self.steps / 86400
         span = f"{days:,.1f} days" if days >= 1 else f"{24 * days:.1f} hours"
-        return (f"{self.parameters:,} parameters in the UNet; {self.flops / 1e12:,.2f} T operations a step\n"
-                f"needs {self.memory / 2**30:,.1f} GiB at batch {self.batch_size}; {self.step_seconds:.3g} s a step, {span} for {self.steps:,} steps")
+        memory = f"{self.memory / 2**30:,.1f} GiB" if self.memory > 2**30 / 10 else f"{self.memory / 2**20:,.0f} MiB"
+        return (f"{self.counted()}\n"
+                f"needs {memory} at batch {self.batch_size}; {self.step_seconds:.3g} {self.pace}, {span} for {self.steps:,} steps")
+
+
+def _seconds(flops: float, parts: int, train: TrainConfig, rate: float, device: str) -> float:
+    """Seconds of so many operations in `parts` passes, each of which has a micro-batch's least time."""
+    share = SHARE[check_choice("device", device, SHARE)][train.compile]
+    if device == "cpu" and train.precision == "bf16":
+        share = SHARE_CPU_HALF
+    return max(flops / (rate * share), LEAST_SECONDS[device] * parts)
 
 
 def predict_training(config: UNetConfig, side: int, tokens: int, train: TrainConfig, rate: float, device: str = "cuda") -> Costs:
@@ -145,14 +171,11 @@ def predict_training(config: UNetConfig, side: int, tokens: int, train: TrainCon
     side: cells of a latent's side; tokens: of the context. Memory counts the step alone: no first stage, no libraries (about 1 GiB with CUDA);
     it is that of a plain step, and compiled ones keep less (a third less where it was measured).
     """
-    share = SHARE[check_choice("device", device, SHARE)][train.compile]
-    if device == "cpu" and train.precision == "bf16":
-        share = SHARE_CPU_HALF
     parameters = count_parameters(config)
     flops = 3 * forward_flops(config, side, tokens) * train.batch_size
     rows = -(-train.batch_size // train.accumulation)
     kept = kept_bytes(config, side, tokens) * rows * (1 if train.precision == "fp32" else KEPT_BY_AUTOCAST)
-    seconds = max(flops / (rate * share), LEAST_SECONDS[device] * train.accumulation)
+    seconds = _seconds(flops, train.accumulation, train, rate, device)
     return Costs(parameters, flops, round(STILL * parameters + kept), seconds, train.steps, train.batch_size)
 
 # %% ../nbs/91b_costs.ipynb #e13651d4
@@ -181,3 +204,96 @@ def recipe_costs(recipe: DiffusionRecipe, stage: AutoencoderConfig, size: int, r
 def latent_bytes(stage: AutoencoderConfig, size: int) -> int:
     """Bytes of one picture's cached latent: mean and standard deviation in float32."""
     return 2 * 4 * stage.z_channels * (size // stage.downsample_factor) ** 2
+
+# %% ../nbs/91b_costs.ipynb #9b8bf7dd
+def stage_task(recipe: FirstStageRecipe, size: int, perceptual: nn.Module | None = None) -> FirstStageTask:
+    """The task of a first stage's training on pictures of `size` pixels, on the meta device; `perceptual`: the shipped network by default."""
+    if recipe.model.kind == "identity":
+        raise ValueError("model: got the identity stage, which has nothing to train, expected a KL or VQ stage")
+    loss, ruler = recipe.loss, None
+    if loss.perceptual_weight > 0:
+        ruler = copy.deepcopy(perceptual or load_perceptual()).to("meta")
+    with torch.device("meta"):
+        stage = make_first_stage(recipe.model)
+        return AdversarialTask(stage, size, "", loss, ruler) if loss.perceptual_weight or loss.disc_weight else FirstStageTask(stage, size)
+
+
+@contextlib.contextmanager
+def _blind_codebook():
+    """A codebook that looks at no number: each latent gets the first code, and nothing is learnt from it."""
+    first = lambda self, z: z.new_zeros((len(z), *z.shape[2:]), dtype=torch.int64)
+    look = lambda self, indices: rearrange(self.embedding(indices), "b h w z -> b z h w")
+    counts = lambda indices, codes: torch.zeros(codes, dtype=torch.int64)
+    blind = mock.patch.multiple(VectorQuantizer, indices=first, lookup=look, learn=lambda *_: None)
+    with blind, mock.patch("ldm_edu.quantize.code_histogram", counts):
+        yield
+
+
+def part_mean(task: FirstStageTask, part: str, rows: int, step: int) -> Tensor:
+    """The loss of one part of a task on the meta device, for a micro-batch of `rows` pictures at `step`: of the players only that one is trained."""
+    for group in task.parameter_groups():
+        for p in group["params"]:
+            p.requires_grad_(group.get("part", task.parts[0]) == part)
+    with torch.device("meta"), torch.enable_grad(), _blind_codebook():
+        x = torch.empty(rows, task.stage.config.in_channels, task.size, task.size)
+        return task.part_loss(part, task.model, {"image": x}, SimpleNamespace(step=step, generators=lambda tag: None))[0].mean()
+
+
+def part_flops(task: FirstStageTask, part: str, rows: int, step: int) -> int:
+    """Operations of `part_mean` and its way back."""
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = contextlib.nullcontext()  # torch's own refuses a gradient in pixels (r1_weight)
+    counter.mod_tracker.parents = {"Global"}
+    with counter:
+        part_mean(task, part, rows, step).backward()
+    return counter.get_total_flops()
+
+
+def part_kept(task: FirstStageTask, part: str, rows: int, step: int) -> int:
+    """Bytes that `part_mean` keeps in float32 for its way back."""
+    frozen = getattr(task, "perceptual", None)
+    return saved_bytes(lambda: part_mean(task, part, rows, step), [*task.model.parameters(), *(frozen.parameters() if frozen is not None else ())])
+
+# %% ../nbs/91b_costs.ipynb #d739d86b
+@dataclass(frozen=True)
+class StageCosts(Costs):
+    """What a first stage's training will need: `parameters` of both players, the heaviest step's `flops` and `memory`, the mean `step_seconds`."""
+
+    critic: int  # parameters of the discriminator; 0 without one
+    perceptual: int  # parameters of the frozen network; 0 without one
+    first_flops: int  # of the run's first steps
+    full_from: int  # the step from which on `flops` are needed
+    pace = "s a step on average"
+
+    def counted(self) -> str:
+        """What was counted, in words."""
+        others = {"its critic": self.critic, "the perceptual network": self.perceptual}
+        beside = "".join(f", {n:,} in {name}" for name, n in others.items() if n)
+        later = f" from step {self.full_from:,} on, {self.first_flops / 1e12:,.2f} at first" if self.full_from else ""
+        return f"{self.parameters - self.critic:,} parameters in the first stage{beside}; {self.flops / 1e12:,.2f} T operations a step{later}"
+
+
+def _spans(recipe: FirstStageRecipe) -> list[tuple[int, int]]:
+    """Spans of a run, each by its first step and its number of steps, in which every step does the same."""
+    loss, steps = recipe.loss, recipe.train.steps
+    changes = (loss.disc_start, loss.disc_start + loss.disc_warmup) if loss.disc_weight > 0 else ()
+    return [(a, b - a) for a, b in itertools.pairwise(sorted({0, steps, *(min(step, steps) for step in changes)}))]
+
+
+def first_stage_costs(recipe: FirstStageRecipe, size: int, rate: float, device: str = "cuda", perceptual: nn.Module | None = None) -> StageCosts:
+    """What a first stage's training will need on square pictures of `size` pixels, critic and perceptual network included; see `predict_training`.
+
+    perceptual: the shipped network by default. Raises ValueError for the identity stage, and for sizes and batches that the networks refuse.
+    """
+    train, make = recipe.train, functools.partial(stage_task, recipe, size, perceptual)
+    rows, spans, task = -(-train.batch_size // train.accumulation), _spans(recipe), make()
+    parts = {first: [part for part in task.parts if task.active(part, first)] for first, _ in spans}
+    flops = {first: round(sum(part_flops(make(), part, rows, first) for part in parts[first]) * train.batch_size / rows) for first in parts}
+    kept = max(part_kept(make(), part, rows, first) for first in parts for part in parts[first])
+    count = lambda net: sum(p.numel() for p in net.parameters()) if net is not None else 0
+    critic, ruler = count(getattr(task.model, "discriminator", None)), count(getattr(task, "perceptual", None))
+    moved = sum(p.numel() for g in task.parameter_groups() for p in g["params"] if g.get("part", task.parts[0]) in sum(parts.values(), []))
+    still = STILL * moved + 8 * (count(task.model) - moved) + 4 * ruler  # what never moves has its weight and its average
+    seconds = sum(n * _seconds(flops[first], len(parts[first]) * train.accumulation, train, rate, device) for first, n in spans) / train.steps
+    heavy, memory = max(flops.values()), round(still + kept * (1 if train.precision == "fp32" else KEPT_BY_AUTOCAST))
+    return StageCosts(count(task.model), heavy, memory, seconds, train.steps, train.batch_size, critic, ruler, flops[0], max(flops, key=flops.get))

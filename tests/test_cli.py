@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from ldm_edu import cli, recipes
 from ldm_edu.autoencoder import AutoencoderConfig
@@ -681,3 +682,23 @@ def test_the_small_networks_are_trained_by_the_command_line(tmp_path, capsys):
     assert cli.main(["train-autoencoder", "--items", "16", "--steps", "2", "--out", str(tmp_path / "stage"), "--loss.disc-weight", "0.5",
                      "--loss.disc-layers", "1", "--loss.disc-channels", "8", *TINY]) == 0
     assert load_first_stage(tmp_path / "stage").card["steps"] == 2
+
+
+def test_a_first_stage_says_what_it_needs_and_what_it_said_is_what_is_trained(tmp_path, capsys):
+    for name, more in {"kl": [], "vq": ["--recipe", "vq-f4-tiny", "--model.codes", "16", "--loss.disc-weight", "0.5", "--loss.disc-layers", "1", "--loss.disc-channels", "8",
+                                        "--loss.disc-start", "2", "--loss.perceptual-weight", "1.0"]}.items():
+        args = ["train-autoencoder", *more, "--items", "32", "--steps", "3", "--out", str(tmp_path / name), *TINY]
+        assert cli.main([*args, "--dry-run"]) == 0 and not (tmp_path / name).exists()
+        told = capsys.readouterr().out
+        assert all(words in told for words in ("on pictures of 16 pixels", "3 steps", "32 pictures, each seen", "256 kept aside")) and "such devices" not in told
+        assert cli.main(args) == 0
+        assert f"{sum(p.numel() for p in load_first_stage(tmp_path / name).parameters()):,} parameters in the first stage" in told
+        trained = load_file(tmp_path / name / "checkpoints" / "step-00000003" / "model.safetensors")
+        critic = sum(value.numel() for key, value in trained.items() if key.startswith("discriminator."))
+        assert (f"{critic:,} in its critic" in told) == (critic > 0) == ("perceptual network" in told) == (" from step 2 on" in told) == (name == "vq"), told
+        capsys.readouterr()
+    args = ["train-autoencoder", "--dry-run", "--items", "32", *TINY]
+    assert cli.main([*args, "--processes", "4"]) == 0 and "on 4 such devices, sharding none" in capsys.readouterr().out
+    assert cli.main([*args, "--processes", "4", "--sharding", "full"]) == 0 and "sharding full" in capsys.readouterr().out
+    assert cli.main([*args, "--processes", "0"]) == 2 and "processes: got 0" in capsys.readouterr().err
+    assert cli.main([*args, "--sharding", "full", "--recipe", "vq-f4-tiny"]) == 2 and "a first stage with a codebook" in capsys.readouterr().err

@@ -1,25 +1,45 @@
 """Predicted costs against counts by hand, published sizes, what a real step keeps, and what a card took."""
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_edu import cli
-from ldm_edu.autoencoder import AUTOENCODERS
+from ldm_edu.autoencoder import AUTOENCODERS, AutoencoderConfig
 from ldm_edu.costs import (
     KEPT_BY_AUTOCAST,
     LEAST_SECONDS,
     SHARE,
     SHARE_CPU_HALF,
     STILL,
+    first_stage_costs,
     forward_flops,
     kept_bytes,
     latent_bytes,
     matrix_rate,
+    part_flops,
+    part_kept,
     predict_training,
     recipe_costs,
+    stage_task,
 )
 from ldm_edu.data import Scenes
-from ldm_edu.recipes import DIFFUSIONS, PUBLISHED_STAGES, default_conditioner
+from ldm_edu.losses import AdversarialConfig
+from ldm_edu.perceptual import load_perceptual
+from ldm_edu.quantize import make_first_stage
+from ldm_edu.recipes import (
+    DIFFUSIONS,
+    FIRST_STAGES,
+    PIXELS_ONLY,
+    PUBLISHED_STAGES,
+    AdversarialTask,
+    FirstStageRecipe,
+    FirstStageTask,
+    default_conditioner,
+)
 from ldm_edu.training import TrainConfig
 from ldm_edu.unet import UNETS, UNet, UNetConfig
 
@@ -158,3 +178,94 @@ def test_the_command_says_what_a_run_needs_and_trains_nothing(tmp_path, capsys):
     assert cli.main(["train", "--dry-run", "--processes", "4", "--sharding", "full", "--out", str(out)]) == 0
     assert "on 4 such devices, sharding full" in capsys.readouterr().out
     assert cli.main(["train", "--dry-run", "--processes", "0", "--out", str(out)]) == 2 and "processes: got 0" in capsys.readouterr().err
+
+
+KL = AutoencoderConfig(4, 16, (1, 2), 1, mid_attention=False, num_groups=8)
+VQ = KL.replace(double_z=False, codes=32)
+GAME = AdversarialConfig(disc_channels=8, disc_layers=2)
+GAMES = {
+    "kl": (KL, PIXELS_ONLY, ""), "vq": (VQ, PIXELS_ONLY, ""), "vq, averaged codes": (VQ.replace(codebook_decay=0.99), PIXELS_ONLY, ""),
+    "kl, perceptual": (KL, GAME.replace(disc_weight=0.0), "stage"), "kl, judged": (KL, GAME, "stage"), "vq, judged": (VQ, GAME, "stage"),
+    "not adaptive": (KL, GAME.replace(adaptive=False, perceptual_weight=0.0), "stage"), "not judged yet": (KL, GAME.replace(disc_warmup=9), "stage"),
+    "critic": (VQ, GAME, "discriminator"), "batch": (KL, GAME.replace(disc_norm="batch"), "discriminator"),
+    "spectral": (KL, GAME.replace(disc_norm="spectral"), "discriminator"), "r1": (KL, GAME.replace(r1_weight=1.0), "discriminator"),
+}
+
+
+def real_part(model, loss, part, rows, size):
+    """The loss of one part with numbers on the CPU, and the storages of weights."""
+    torch.manual_seed(0)
+    stage, ruler = make_first_stage(model), load_perceptual()
+    task = FirstStageTask(stage, size) if loss == PIXELS_ONLY else AdversarialTask(stage, size, "", loss, ruler)
+    for name, p in task.model.named_parameters() if part else ():
+        p.requires_grad_(p.requires_grad and name.startswith("discriminator") == (part == "discriminator"))
+    chance = SimpleNamespace(step=0, generators=lambda tag: [torch.Generator().manual_seed(row) for row in range(rows)])
+    x = torch.rand(rows, 3, size, size) * 2 - 1
+    own = {t.untyped_storage().data_ptr() for net in (task.model, ruler) for t in net.parameters()}
+    return task.part_loss(part, task.model, {"image": x}, chance)[0].mean(), own
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_a_part_is_counted_as_a_real_step_does_it(name):
+    model, loss, part = GAMES[name]
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = contextlib.nullcontext()  # torch's own refuses r1's gradient in pixels
+    counter.mod_tracker.parents = {"Global"}
+    with counter:
+        real_part(model, loss, part, 3, 24)[0].backward()
+    make = lambda: stage_task(FirstStageRecipe(model, loss=loss), 24)
+    assert part_flops(make(), part, 3, 0) == counter.get_total_flops() > 0
+    kept = {}
+
+    def note(x):
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        _, own = real_part(model, loss, part, 3, 24)
+    seen = sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in own)
+    assert part_kept(make(), part, 3, 0) == pytest.approx(seen, rel=0.02)
+
+
+def test_a_run_is_its_spans_and_a_step_its_heavier_part():
+    """10 steps: 4 without a critic, 3 in which it learns alone, 3 in which it judges."""
+    train = TrainConfig(steps=10, batch_size=6, accumulation=2)
+    recipe = FirstStageRecipe(KL, train, GAME.replace(disc_start=4, disc_warmup=3))
+    count = lambda part, step: 2 * part_flops(stage_task(recipe, 24), part, 3, step)
+    alone, learning, full = count("stage", 0), count("discriminator", 4), count("stage", 7)
+    costs = first_stage_costs(recipe, 24, 1e9, "cpu")
+    assert alone < full and (costs.first_flops, costs.flops, costs.full_from) == (alone, full + learning, 7)
+    assert costs.step_seconds * 10 == pytest.approx((10 * alone + 6 * learning + 3 * (full - alone)) / (1e9 * SHARE["cpu"][False]))
+    held = max(part_kept(stage_task(recipe, 24), part, 3, 7) for part in ("stage", "discriminator"))
+    ruler = sum(p.numel() for p in load_perceptual().parameters())
+    assert costs.memory == STILL * costs.parameters + 4 * ruler + held and costs.perceptual == ruler
+    half = first_stage_costs(recipe.replace(train=train.replace(precision="bf16")), 24, 1e9, "cpu")
+    assert costs.memory - half.memory == pytest.approx((1 - KEPT_BY_AUTOCAST) * held, abs=1)
+    waits = first_stage_costs(recipe, 24, 1e15)
+    assert waits.step_seconds == pytest.approx(LEAST_SECONDS["cuda"] * 2 * 16 / 10), "each part's kernels are started, in each of two pieces"
+
+
+def test_a_critic_that_never_plays_has_no_gradient():
+    train = TrainConfig(steps=4, batch_size=2)
+    plays = FirstStageRecipe(KL, train, GAME.replace(disc_start=3, perceptual_weight=0.0))
+    waits, silent = (first_stage_costs(FirstStageRecipe(KL, train, plays.loss.replace(**c)), 24, 1e9, "cpu") for c in ({"disc_start": 4}, {"disc_weight": 0.0, "perceptual_weight": 1.0}))
+    kept = part_kept(stage_task(plays, 24), "stage", 2, 0)
+    assert waits.memory == kept + STILL * (waits.parameters - waits.critic) + 8 * waits.critic and waits.full_from == 0
+    assert first_stage_costs(plays, 24, 1e9, "cpu").memory > waits.memory + 12 * waits.critic
+    assert silent.critic == waits.critic and silent.perceptual > 0 == waits.perceptual
+    assert "in its critic" in waits.tell() and "perceptual network" not in waits.tell() and "at first" not in waits.tell()
+
+
+def test_first_stages_that_networks_refuse_are_refused():
+    for changes, size, says in (({"model": AUTOENCODERS["identity"]}, 32, "the identity stage, which has nothing to train"), ({}, 30, "multiples of 4"),
+                                ({"train": TrainConfig(batch_size=1)}, 64, "batch of 1, expected at least 2"), ({}, 16, "expected at least 24 on a side")):
+        recipe = FIRST_STAGES["vq-f4"].replace(model=VQ.replace(ch_mult=(1, 1, 1)), train=TrainConfig(steps=2)).replace(**changes)
+        with pytest.raises(ValueError, match=says):
+            first_stage_costs(recipe, size, 1e12)
+
+
+def test_released_first_stages_are_predicted_whole():
+    costs = first_stage_costs(FIRST_STAGES["kl-f8"], 256, 1e13)
+    assert (costs.parameters - costs.critic, costs.critic, costs.full_from) == (83_653_863, 2_765_633, 50_001)
+    assert f"from step 50,001 on, {costs.first_flops / 1e12:,.2f} at first" in costs.tell() and "s a step on average" in costs.tell()
+    assert 1.3 < costs.flops / costs.first_flops < 1.4, "the critic's part decodes once more without gradients: a third"
