@@ -333,9 +333,7 @@ class Conditioner(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        for p in self.parameters():
-            return p.device
-        return torch.device("cpu")
+        return ([p.device for p in self.parameters()] or [torch.device("cpu")])[0]
 
 # %% ../nbs/16_text.ipynb #5359a548
 CONDITIONERS: dict[str, type[Conditioner]] = {}  # name -> class; put your own in before saving or loading a model with it
