@@ -34,7 +34,7 @@ from .conditioning import make_conditioner
 from .contenders import Setting, check_job, settings_of
 from .convert import convert_model, inspect_model
 from .core import check_choice, default_device, read_json, spread_rows, write_json, write_text
-from .costs import Costs, first_stage_costs, latent_bytes, matrix_rate, recipe_costs, stage_task
+from .costs import Costs, first_stage_costs, latent_bytes, matrix_rate, recipe_costs, stage_task, tell_bytes
 from .data import FIELDS, Scenes, collate, make_prompts
 from .demo import Demo
 from .doctor import examine
@@ -198,7 +198,7 @@ def tell_many(costs: Costs, n: int, sharding: str, unit: int) -> str:
     if n < 1:
         raise ValueError(f"processes: got {n}, expected at least 1")
     one, sent = share_out(costs, n, sharding, unit), (fsdp_traffic if sharding == "full" else ring_bytes)(4 * costs.parameters, n)
-    return "" if n == 1 else (f"on {n} such devices, sharding {sharding}: {one.memory / 2**30:,.1f} GiB each; {one.step_seconds:.3g} {one.pace}, "
+    return "" if n == 1 else (f"on {n} such devices, sharding {sharding}: {tell_bytes(one.memory)} each; {one.step_seconds:.3g} {one.pace}, "
                               f"and the time in which each sends {sent / 1e9:,.1f} GB\n")
 
 
@@ -246,11 +246,11 @@ class TrainAutoencoder:
 
     def run(self) -> int:
         """Train, then say where the model is and how well it reconstructs."""
+        check_place(self.out)
         if self.dry_run:
             print(self.plan())
             return 0
         recipe = self.asked()
-        check_place(self.out)
         data, validation = self.data.open(self.out)
         model = train_autoencoder(data, recipe, self.out, validation=validation)
         if torch.distributed.is_initialized() and torch.distributed.get_rank():
@@ -334,6 +334,7 @@ class Train:
 
     def run(self) -> int:
         """Train, then say where the model is."""
+        check_place(self.out)
         if self.dry_run:
             print(self.plan())
             return 0
@@ -345,7 +346,6 @@ class Train:
         reads = None
         if self.text_encoder is not None:
             reads = FrozenTextConditioner(FrozenTextConfig(self.text_encoder, pooled=recipe.pooled)).to(default_device())
-        check_place(self.out)
         data, validation = self.pictures(recipe, start, self.out)
         train_diffusion(data, first_stage, recipe, self.out, validation=validation, start_from=start, conditioner=reads)
         if torch.distributed.is_initialized() and torch.distributed.get_rank():
@@ -450,7 +450,9 @@ class Evaluate:
         training, validation = self.data.open(self.cache, keys)
         if stage is not model:
             training, validation = in_order(training, model.config), in_order(validation, model.config)
-        results = {"data": describe_data(validation)} | self.notes(model, training is validation)
+        unseen = self.references if self.data.data == "scenes" else len(validation)
+        compared = min(self.samples, unseen) >= 8
+        results = {"data": describe_data(validation)} | self.notes(model, training is validation, compared)
         results["reconstruction"] = reconstruction(stage, validation)
         if stage is not model and self.data.data == "scenes" and model.config.conditioner["name"] == "text":
             results |= {"settings": {"prompts": self.prompts, "steps": self.steps, "seed": self.seed}}
@@ -459,8 +461,7 @@ class Evaluate:
             results |= placed(model, self.data, self.prompts, self.steps, self.seed)
         if stage is not model:
             results |= restored(model, self.data, validation, self.prompts, self.steps, self.seed)
-        unseen = self.references if self.data.data == "scenes" else len(validation)
-        if min(self.samples, unseen) >= 8:
+        if compared:
             results["distribution"] = self.compare(model, training, self.data.unseen(unseen, keys) if self.data.data == "scenes" else validation)
         elif self.samples:
             results["left_out"] = f"FID and the like: got {self.samples} samples and {unseen} unseen pictures, expected at least 8 of each"
@@ -481,15 +482,15 @@ class Evaluate:
                 raise ValueError("data: got scenes, whose classes the model counts in another order, expected pictures in its own classes")
         given, own = tell_size(self.data.size), tell_size(getattr(model.config, "image_size", self.data.size))
         if self.samples and given != own:
-            raise ValueError(f"size: got data of {given} pixels for a model that draws {own}: pass --size {own}, or --samples 0")
+            raise ValueError(f"size: got data of {given} pixels for a model that draws {own}: pass --size {own} (pack: --measures.size), or --samples 0")
 
-    def notes(self, model, same: bool) -> dict:
-        """What a reader of the figures must know; `same`: whether no pictures were kept aside."""
+    def notes(self, model, same: bool, compared: bool) -> dict:
+        """What a reader of the figures must know; `same`: whether no pictures were kept aside; `compared`: whether FID and the like are among them."""
         said = [f"measured on pictures that training sees too: fewer than {FEWEST} are there"] * same
         if self.data.data == "scenes" and trained_elsewhere(model):
             said.append(f"measured on scenes, trained on other pictures: {model.card['data']}")
         height, width = two_sides("size", self.data.size)
-        if self.samples and height != width:
+        if compared and height != width:
             said.append("FID and the like look at the centre square: {0} x {0} of {1} x {2} pixels".format(min(height, width), height, width))
         return {"notes": said} if said else {}
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STILL', 'KEPT_BY_AUTOCAST', 'SHARE', 'SHARE_CPU_HALF', 'LEAST_SECONDS', 'CONTEXT_TOKENS', 'meta_inputs',
-           'count_parameters', 'forward_flops', 'saved_bytes', 'kept_bytes', 'matrix_rate', 'Costs', 'predict_training',
-           'recipe_costs', 'latent_bytes', 'stage_task', 'part_mean', 'part_flops', 'part_kept', 'StageCosts',
-           'first_stage_costs']
+           'count_parameters', 'forward_flops', 'saved_bytes', 'kept_bytes', 'matrix_rate', 'tell_bytes', 'Costs',
+           'predict_training', 'recipe_costs', 'latent_bytes', 'stage_task', 'part_mean', 'part_flops', 'part_kept',
+           'StageCosts', 'first_stage_costs']
 
 # %% ../nbs/91b_costs.ipynb #7ed7d95c
 """What a training will need, before it starts: operations, memory and time of a UNet or a first stage, counted on the meta device.
@@ -34,7 +34,7 @@ from .core import check_choice
 from .layout import SemanticConfig
 from .perceptual import load_perceptual
 from .quantize import VectorQuantizer, make_first_stage
-from .recipes import AdversarialTask, DiffusionRecipe, FirstStageRecipe, FirstStageTask
+from .recipes import DiffusionRecipe, FirstStageRecipe, FirstStageTask, task_of_stage
 from .superres import LowResConfig
 from .training import TrainConfig
 from .unet import UNETS, UNet, UNetConfig
@@ -132,6 +132,11 @@ def matrix_rate(device: str | torch.device, dtype: torch.dtype = torch.float32, 
     return 2 * side**3 / best
 
 # %% ../nbs/91b_costs.ipynb #910cf5fc
+def tell_bytes(n: float) -> str:
+    """Bytes of memory in GiB; below a tenth of one, in MiB."""
+    return f"{n / 2**30:,.1f} GiB" if n > 2**30 / 10 else f"{n / 2**20:,.0f} MiB"
+
+
 @dataclass(frozen=True)
 class Costs:
     """What a training will need."""
@@ -144,6 +149,11 @@ class Costs:
     batch_size: int
     pace = "s a step"  # unit of step_seconds
 
+    @property
+    def still(self) -> int:
+        """Bytes that lie in memory from step to step."""
+        return STILL * self.parameters
+
     def counted(self) -> str:
         """What was counted, in words."""
         return f"{self.parameters:,} parameters in the UNet; {self.flops / 1e12:,.2f} T operations a step"
@@ -152,9 +162,8 @@ class Costs:
         """In two lines."""
         days = self.step_seconds * self.steps / 86400
         span = f"{days:,.1f} days" if days >= 1 else f"{24 * days:.1f} hours"
-        memory = f"{self.memory / 2**30:,.1f} GiB" if self.memory > 2**30 / 10 else f"{self.memory / 2**20:,.0f} MiB"
         return (f"{self.counted()}\n"
-                f"needs {memory} at batch {self.batch_size}; {self.step_seconds:.3g} {self.pace}, {span} for {self.steps:,} steps")
+                f"needs {tell_bytes(self.memory)} at batch {self.batch_size}; {self.step_seconds:.3g} {self.pace}, {span} for {self.steps:,} steps")
 
 
 def _seconds(flops: float, parts: int, train: TrainConfig, rate: float, device: str) -> float:
@@ -210,12 +219,9 @@ def stage_task(recipe: FirstStageRecipe, size: int, perceptual: nn.Module | None
     """The task of a first stage's training on pictures of `size` pixels, on the meta device; `perceptual`: the shipped network by default."""
     if recipe.model.kind == "identity":
         raise ValueError("model: got the identity stage, which has nothing to train, expected a KL or VQ stage")
-    loss, ruler = recipe.loss, None
-    if loss.perceptual_weight > 0:
-        ruler = copy.deepcopy(perceptual or load_perceptual()).to("meta")
+    ruler = copy.deepcopy(perceptual or load_perceptual()).to("meta") if recipe.loss.perceptual_weight > 0 else None
     with torch.device("meta"):
-        stage = make_first_stage(recipe.model)
-        return AdversarialTask(stage, size, "", loss, ruler) if loss.perceptual_weight or loss.disc_weight else FirstStageTask(stage, size)
+        return task_of_stage(make_first_stage(recipe.model), size, "", recipe.loss, ruler)
 
 
 @contextlib.contextmanager
@@ -263,7 +269,13 @@ class StageCosts(Costs):
     perceptual: int  # parameters of the frozen network; 0 without one
     first_flops: int  # of the run's first steps
     full_from: int  # the step from which on `flops` are needed
+    lying: int  # bytes that lie in memory from step to step
     pace = "s a step on average"
+
+    @property
+    def still(self) -> int:
+        """Bytes that lie in memory from step to step: of what never moves, weight and average, of the perceptual network the weights."""
+        return self.lying
 
     def counted(self) -> str:
         """What was counted, in words."""
@@ -296,4 +308,4 @@ def first_stage_costs(recipe: FirstStageRecipe, size: int, rate: float, device: 
     still = STILL * moved + 8 * (count(task.model) - moved) + 4 * ruler  # what never moves has its weight and its average
     seconds = sum(n * _seconds(flops[first], len(parts[first]) * train.accumulation, train, rate, device) for first, n in spans) / train.steps
     heavy, memory = max(flops.values()), round(still + kept * (1 if train.precision == "fp32" else KEPT_BY_AUTOCAST))
-    return StageCosts(count(task.model), heavy, memory, seconds, train.steps, train.batch_size, critic, ruler, flops[0], max(flops, key=flops.get))
+    return StageCosts(count(task.model), heavy, memory, seconds, train.steps, train.batch_size, critic, ruler, flops[0], max(flops, key=flops.get), still)

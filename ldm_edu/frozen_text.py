@@ -216,7 +216,7 @@ class FrozenTextConditioner(Conditioner):
 
     def null(self, n: int) -> Condition:
         one = self({"token_ids": self.silence})
-        return Condition(**{name: x.expand(n, *x.shape[1:]) for name, x in vars(one).items() if x is not None})
+        return Condition(**{name: x.expand(n, *x.shape[1:]) for name, x in one._parts()})
 
     def tensors(self, batch: Mapping) -> dict[str, Tensor]:
         """Captions as `token_ids` (b, max_length) int32; raises ValueError for one that is longer."""

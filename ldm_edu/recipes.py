@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['GAME_BETAS', 'LOG_PLOTS', 'PIXELS_ONLY', 'FIRST_STAGES', 'DIFFUSIONS', 'PUBLISHED_STAGES', 'FirstStageTask',
            'AdversarialTask', 'plot_log', 'DiffusionTask', 'in_numbers', 'draw_steps', 'FirstStageRecipe',
-           'DiffusionRecipe', 'train_autoencoder', 'check_game', 'train_diffusion', 'check_pictures', 'check_stage',
-           'changed_unet', 'default_conditioner', 'conditioner_keys', 'data_names', 'all_captions', 'start_codebook',
-           'measure_latents', 'latent_scale', 'describe_data', 'run_card', 'write_picture', 'code_version', 'machine']
+           'DiffusionRecipe', 'train_autoencoder', 'check_game', 'task_of_stage', 'train_diffusion', 'check_pictures',
+           'check_stage', 'changed_unet', 'default_conditioner', 'conditioner_keys', 'data_names', 'all_captions',
+           'start_codebook', 'measure_latents', 'latent_scale', 'describe_data', 'run_card', 'write_picture',
+           'code_version', 'machine']
 
 # %% ../nbs/91_recipes.ipynb #56d461c4
 """Named recipes and the two calls that train them: `train_autoencoder` and `train_diffusion`.
@@ -103,9 +104,11 @@ class AdversarialTask(FirstStageTask):
         self.model, self.loss_config, self.perceptual = AdversarialStage(stage, loss), loss, perceptual
 
     def configure(self, dataset, config, device) -> None:
-        """As of a first stage; the perceptual network moves to the device."""
+        """As of a first stage; the perceptual network moves to the device. Compiled, with an adaptive weight: torch keeps what ways back need, in this process from now on."""
+        size = self.size if isinstance(self.size, tuple) else (self.size, self.size)
+        check_game(self.loss_config, config, size, self.process[1])
         super().configure(dataset, config, device)
-        if config.compile and self.loss_config.adaptive:
+        if config.compile and self.loss_config.adaptive and self.loss_config.disc_weight > 0:
             from torch._functorch import config as compiled
             compiled.donated_buffer = False  # the two gradients that the weight is made of go back through what the step's own still needs
         self.perceptual = self.perceptual and self.perceptual.to(device)
@@ -319,13 +322,13 @@ def train_autoencoder(data, recipe: str | FirstStageRecipe = "kl-f4-tiny", out: 
     check_game(beyond, options, (height, size))
     with kept_globals():
         torch.manual_seed(options.seed)
-        task = _stage_task(make_first_stage(config), size, describe_data(data), beyond, perceptual)
+        task = task_of_stage(make_first_stage(config), size, describe_data(data), beyond, perceptual)
     result = train(task, data, options, out, validation=validation, resume=resume, progress=progress, callbacks=callbacks)
     task.model.load_state_dict(result.ema.state_dict())
     return _finished(task.stage, out)
 
 
-def check_game(loss: AdversarialConfig, options: TrainConfig, size: tuple[int, int]) -> None:
+def check_game(loss: AdversarialConfig, options: TrainConfig, size: tuple[int, int], processes: int = 1) -> None:
     """Raise ValueError for what a training against a critic cannot do: at its beginning, for the critic may begin hours later."""
     if loss.disc_weight == 0:
         return
@@ -333,6 +336,9 @@ def check_game(loss: AdversarialConfig, options: TrainConfig, size: tuple[int, i
         raise ValueError(f"betas: got {options.betas} for a training against a critic, expected {GAME_BETAS}, which both get, or the default")
     if min(size) < loss.shortest:
         raise ValueError(f"data: got pictures of {size[0]} x {size[1]} pixels, expected at least {loss.shortest} on a side for a critic of {loss.disc_layers} layers (disc_layers)")
+    pieces = processes * options.accumulation
+    if loss.disc_norm == "batch" and options.batch_size // pieces < 2:
+        raise ValueError(f"batch_size: got {options.batch_size} in {pieces} pieces (processes times accumulation), expected at least 2 pictures in each: the critic's batch norm needs them")
     if options.compile and loss.r1_weight > 0:
         raise ValueError(f"compile: got True with r1_weight {loss.r1_weight}, expected False: a penalty on gradients goes back twice, which compiled networks cannot")
 
@@ -347,7 +353,7 @@ def _finished(stage: nn.Module, out: str | Path) -> nn.Module:
     return stage.eval()
 
 
-def _stage_task(stage: nn.Module, size: int, data: str, loss: AdversarialConfig, perceptual: nn.Module | None) -> FirstStageTask:
+def task_of_stage(stage: nn.Module, size: int, data: str, loss: AdversarialConfig, perceptual: nn.Module | None) -> FirstStageTask:
     """The task that this loss needs."""
     if loss.perceptual_weight == loss.disc_weight == 0:
         return FirstStageTask(stage, size, data)

@@ -164,6 +164,6 @@ def share_out(costs: Costs, n: int, sharding: str = "none", unit: int | None = N
     _check_processes(n), check_choice("sharding", sharding, ("none", "full"))
     if sharding == "full" and unit is None:
         raise ValueError("unit: got None with sharding 'full', expected the parameters of the largest piece that is gathered: largest_unit(config)")
-    still = STILL * costs.parameters if sharding == "none" else fsdp_bytes(costs.parameters, n, unit, STILL)
-    kept = (costs.memory - STILL * costs.parameters) / n
+    still = costs.still if sharding == "none" else fsdp_bytes(costs.parameters, n, unit, STILL)
+    kept = (costs.memory - costs.still) / n
     return replace(costs, memory=round(still + kept), step_seconds=costs.step_seconds / n)

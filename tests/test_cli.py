@@ -702,3 +702,11 @@ def test_a_first_stage_says_what_it_needs_and_what_it_said_is_what_is_trained(tm
     assert cli.main([*args, "--processes", "4", "--sharding", "full"]) == 0 and "sharding full" in capsys.readouterr().out
     assert cli.main([*args, "--processes", "0"]) == 2 and "processes: got 0" in capsys.readouterr().err
     assert cli.main([*args, "--sharding", "full", "--recipe", "vq-f4-tiny"]) == 2 and "a first stage with a codebook" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train-autoencoder", "train"])
+def test_a_dry_run_looks_at_the_place_too_and_leaves_nothing(command, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main([command, "--dry-run", "--items", "32", "--out", str(tmp_path / "file" / "run")]) == 2
+    assert "is a file, expected a folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -25,6 +25,7 @@ from ldm_edu.costs import (
     predict_training,
     recipe_costs,
     stage_task,
+    tell_bytes,
 )
 from ldm_edu.data import Scenes
 from ldm_edu.losses import AdversarialConfig
@@ -40,6 +41,7 @@ from ldm_edu.recipes import (
     FirstStageTask,
     default_conditioner,
 )
+from ldm_edu.scaling import share_out
 from ldm_edu.training import TrainConfig
 from ldm_edu.unet import UNETS, UNet, UNetConfig
 
@@ -269,3 +271,11 @@ def test_released_first_stages_are_predicted_whole():
     assert (costs.parameters - costs.critic, costs.critic, costs.full_from) == (83_653_863, 2_765_633, 50_001)
     assert f"from step 50,001 on, {costs.first_flops / 1e12:,.2f} at first" in costs.tell() and "s a step on average" in costs.tell()
     assert 1.3 < costs.flops / costs.first_flops < 1.4, "the critic's part decodes once more without gradients: a third"
+
+
+def test_what_lies_still_is_not_shared_out_as_what_is_kept():
+    """A critic that never plays has no gradients and moments, and a frozen network neither: they lie on each of several devices."""
+    cost = first_stage_costs(FirstStageRecipe(KL, TrainConfig(steps=5, batch_size=8), GAME.replace(disc_start=10**9)), 24, 1e12)
+    assert 0 < cost.still < cost.memory and cost.still != STILL * cost.parameters
+    assert share_out(cost, 1) == cost and share_out(cost, 4).memory == pytest.approx(cost.still + (cost.memory - cost.still) / 4, abs=1)
+    assert (tell_bytes(2**30), tell_bytes(42 * 2**20)) == ("1.0 GiB", "42 MiB")

@@ -327,6 +327,7 @@ def test_a_critic_works_on_one_picture_a_step(tmp_path):
 @pytest.mark.parametrize(("size", "options", "loss", "message"), [
     (16, {}, {"disc_layers": 3}, "got pictures of 16 x 16 pixels, expected at least 24 on a side for a critic of 3 layers"),
     (16, {"compile": True}, {"r1_weight": 1.0}, "compile: got True with r1_weight 1.0, expected False"),
+    (16, {"accumulation": 2, "batch_size": 3}, {"disc_norm": "batch"}, "batch_size: got 3 in 2 pieces .processes times accumulation., expected at least 2 pictures in each"),
     (16, {"betas": (0.9, 0.9)}, {}, r"betas: got \(0.9, 0.9\) for a training against a critic"),
 ])
 def test_what_a_critic_cannot_do_is_said_before_its_first_step(tmp_path, size, options, loss, message):
@@ -337,6 +338,16 @@ def test_what_a_critic_cannot_do_is_said_before_its_first_step(tmp_path, size, o
     assert not (tmp_path / "run").exists()
     assert AdversarialConfig(disc_layers=1).shortest == 6
     PatchDiscriminator(AdversarialConfig(disc_layers=1, disc_channels=8))(torch.zeros(1, 3, 6, 6))
+
+
+def test_processes_divide_a_critic_s_batch_too():
+    game, size = AdversarialConfig(disc_norm="batch", disc_layers=1), (16, 16)
+    recipes.check_game(game, QUICK, size, 2), recipes.check_game(game.replace(disc_norm="group"), QUICK, size, 4), recipes.check_game(game.replace(disc_weight=0.0), QUICK, size, 4)
+    task = AdversarialTask(AutoencoderKL(STAGE), 16, "", game.replace(perceptual_weight=0.0), None)
+    task.process = 0, 4
+    for refuse in (lambda: recipes.check_game(game, QUICK, size, 4), lambda: task.configure(Scenes(16, n=8, fields=("image",)), QUICK, torch.device("cpu"))):
+        with pytest.raises(ValueError, match="batch_size: got 4 in 4 pieces"):
+            refuse()
 
 
 def test_a_compiled_stage_plays_the_game_of_the_plain_one(tmp_path, monkeypatch):

@@ -135,7 +135,7 @@ def test_both_stages_train_and_go_on_where_they_stopped(tmp_path, precision):
     assert next(model.parameters()).is_cuda and model.sample("a red circle", n=2, steps=3).isfinite().all()
 
 
-@pytest.mark.parametrize(("unet", "condition", "precision"), [("text-mini", "text", "fp32"), ("tiny", "none", "bf16")])  # in half precision with channels last
+@pytest.mark.parametrize(("unet", "condition", "precision"), [("text-mini", "text", "fp32"), ("text-mini", "text", "bf16"), ("tiny", "none", "bf16")])  # in half precision with channels last
 def test_the_compiled_network_trains_as_the_plain_one(tmp_path, unet, condition, precision):
     data = Scenes(16, n=64, objects=(1, 1), fields=("image", "caption"))
     stage = make_first_stage(STAGE).cuda().eval()
