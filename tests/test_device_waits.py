@@ -13,6 +13,8 @@ from ldm_edu.data import make_masks
 from ldm_edu.frozen_text import FrozenTextConditioner, FrozenTextConfig, load_clip
 from ldm_edu.inpainting import InpaintConditioner, InpaintConfig, fresh_masks
 from ldm_edu.layout import JointConditioner, LayoutConditioner, LayoutConfig, SemanticConditioner, SemanticConfig
+from ldm_edu.ldm import load
+from ldm_edu.recipes import DIFFUSIONS, DiffusionTask
 from ldm_edu.superres import LowResConditioner, LowResConfig
 from ldm_edu.training import RowRandom
 
@@ -104,6 +106,17 @@ def test_a_step_s_condition_reads_nothing_back(make, clip):
         mixed = null.select(drop, told)
     assert not sent.shapes and len(mixed) == ROWS
     assert all(x.device.type == "meta" for x in (getattr(told, f.name) for f in dataclasses.fields(told)) if x is not None)
+
+
+def test_a_whole_step_on_captions_stays_on_the_device():
+    """Forward and back: no number is read, and no tensor of the CPU is mixed with the device's."""
+    model = load("scenes-text").to("meta")
+    model.net.requires_grad_(True).train()
+    task = DiffusionTask(model, DIFFUSIONS["text-tiny"], "hash")
+    batch = {"caption": ["a red circle", "a large blue star"], "mean": torch.zeros(2, 4, 8, 8, device="meta"), "std": torch.ones(2, 4, 8, 8, device="meta")}
+    loss, _ = task.loss(model.net, batch, RowRandom(0, 0, range(2), "meta"))
+    loss.sum().backward()
+    assert loss.device.type == "meta" and all(p.grad.device.type == "meta" for p in model.net.parameters())
 
 
 def test_masks_of_a_step_are_those_of_its_rows():
